@@ -1,0 +1,137 @@
+"""Preprocess a case once and keep it as memory-mapped arrays.
+
+A round then reads only the patches it needs; in a deployment each message is a new process, so
+what is dear lies on disk.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedseg.data.plan import REGIONS, Plan
+from fedseg.data.preprocess import Modality, Placement, check_size, prepare, prepare_labels
+from fedseg.data.sites import Case
+from fedseg.data.volumes import read_image, read_mask
+from fedseg.errors import CaseError, DataError
+
+__all__ = ["CachedCase", "cached_case"]
+
+_VERSION = 1
+"""Raise it when preprocessing changes: old entries are then not found."""
+
+_MAX_FOREGROUND = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedCase:
+    """A preprocessed case; arrays are memory-mapped, so holding many costs no memory.
+
+    Attributes:
+        image: float16 `[x, y, z]`.
+        labels: uint8 `[x, y, z]`.
+        foreground: Region to flat indices of up to 20,000 of its voxels.
+        truth: uint8 `[X, Y, Z]`, the mask in the scan's own grid (RAS axis order).
+        placement: Where the crop lies, for bringing a prediction back to that grid.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    foreground: dict[str, np.ndarray]
+    truth: np.ndarray
+    placement: Placement
+
+
+def cached_case(
+    case: Case,
+    plan: Plan,
+    cache: Path,
+    *,
+    modality: Modality = "auto",
+    label_map: dict[int, int] | None = None,
+) -> CachedCase:
+    """Open a case's arrays, making them first where file, plan or code are new.
+
+    Raises:
+        CaseError: The case can't be used.
+        DataError: The cache can't be written.
+    """
+    folder = cache / "cases" / _key(case, plan, modality, label_map)
+    if not folder.is_dir():
+        try:
+            _make(folder, case, plan, modality, label_map)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "disk is full" if full else error.strerror
+            raise DataError(
+                f"{cache}: can't write the cache ({reason}); free space or set cache-dir"
+            ) from None
+    return _open(folder)
+
+
+def _open(folder: Path) -> CachedCase:
+    def array(name: str) -> np.ndarray:
+        stored: np.ndarray = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return stored
+
+    placement = json.loads((folder / "placement.json").read_text(encoding="utf-8"))
+    return CachedCase(
+        image=array("image"),
+        labels=array("labels"),
+        foreground={name: array(name) for name in REGIONS},
+        truth=array("truth"),
+        placement=Placement.from_json(placement),
+    )
+
+
+def _key(case: Case, plan: Plan, modality: Modality, label_map: dict[int, int] | None) -> str:
+    identity = []
+    for path in (case.image, case.mask):
+        try:
+            stat = path.stat()
+        except OSError:
+            raise CaseError(path, "no such file", "correct the path") from None
+        identity.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    steps = plan.model_dump(include={"spacing", "ct_window", "mr_percentiles", "patch_size"})
+    content = [_VERSION, identity, steps, modality, sorted((label_map or {}).items())]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _make(
+    folder: Path, case: Case, plan: Plan, modality: Modality, label_map: dict[int, int] | None
+) -> None:
+    scan = read_image(case.image)
+    mask = read_mask(case.mask, image=scan, label_map=label_map)
+    prepared = prepare(scan, plan, modality=modality)
+    check_size(prepared.image, plan, case.image)
+    labels = prepare_labels(mask.array, prepared)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    try:
+        np.save(temporary / "image.npy", prepared.image.astype(np.float16))
+        np.save(temporary / "labels.npy", labels)
+        np.save(temporary / "truth.npy", mask.array)
+        (temporary / "placement.json").write_text(json.dumps(prepared.placement.to_json()))
+        for name, lowest in REGIONS.items():
+            np.save(temporary / f"{name}.npy", _some_indices(labels >= lowest))
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            # Another process made the same entry meanwhile; its content is the same.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _some_indices(region: np.ndarray) -> np.ndarray:
+    indices = np.flatnonzero(region)
+    if indices.size > _MAX_FOREGROUND:
+        indices = np.random.default_rng(0).choice(indices, _MAX_FOREGROUND, replace=False)
+    return np.sort(indices).astype(np.int64)

@@ -1,0 +1,266 @@
+"""Which site a node is: simulated, real, or neither; and the cases it holds."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedseg.config import Scalar, StudyConfig
+from fedseg.data.cache import CachedCase, cached_case
+from fedseg.data.partition import partition
+from fedseg.data.phantom import KINDS, UNSEEN, PhantomKind, write_phantom_site
+from fedseg.data.plan import Plan
+from fedseg.data.sites import Case, find_cases
+from fedseg.data.volumes import read_mask
+from fedseg.errors import CaseError, ConfigError, DataError, FedSegError, Reason, SiteError
+from fedseg.site_config import SiteConfig, fedseg_home, load_site_config
+
+__all__ = ["Site", "SiteCases", "load_cases", "open_site", "phantom_kinds", "server_cases"]
+
+log = logging.getLogger(__name__)
+
+_SERVER_SEED = 1_000_000
+"""Held-out phantoms come from seeds that no site reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A site as its own node sees it.
+
+    Attributes:
+        name: Name in its config, else `site-<partition-id>` or its sub-folder; `""` if it has none.
+        simulated: Whether the study's `data.*` section applies.
+        sites: Number of simulated sites, 0 where real.
+        config: The site config.
+        cases: The cases in a fixed order.
+        unpaired: Files that are no case.
+    """
+
+    name: str
+    simulated: bool
+    sites: int
+    config: SiteConfig
+    cases: tuple[Case, ...]
+    unpaired: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCases:
+    """Preprocessed cases of a site.
+
+    Attributes:
+        training: Cases to train on.
+        validation: Cases held out for metrics.
+        skipped: Cases that can't be used.
+    """
+
+    training: tuple[CachedCase, ...]
+    validation: tuple[CachedCase, ...]
+    skipped: int
+
+
+def open_site(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
+    """Decide which site this node is and list its cases.
+
+    A node with `data-dir` is real and ignores `data.*`; one with `partition-id` alone is simulated.
+
+    Raises:
+        SiteError: It is neither, its config is wrong, or its folder can't be used.
+    """
+    try:
+        if "data-dir" in node_config:
+            return _real(node_config)
+        if "site-config" in node_config and load_site_config(node_config).data_dir:
+            return _real(node_config)
+        if "partition-id" in node_config:
+            return _simulated(node_config, study)
+    except ConfigError as error:
+        raise SiteError(Reason.SITE_CONFIG, str(error)) from None
+    except DataError as error:
+        raise SiteError(Reason.DATA, str(error)) from None
+    raise SiteError(Reason.NO_DATA)
+
+
+def _real(node_config: Mapping[str, Scalar]) -> Site:
+    config = load_site_config(node_config)
+    assert config.data_dir is not None
+    if "partition-id" in node_config:
+        log.warning("node has data-dir and partition-id: it is real, data.* doesn't apply")
+    log.info("real site: data.* of the study config doesn't apply")
+    listing = find_cases(Path(config.data_dir).expanduser(), layout=config.layout)
+    for problem in listing.problems:
+        log.warning("left out: %s", problem)
+    return Site(
+        name=config.name or "",
+        simulated=False,
+        sites=0,
+        config=config,
+        cases=listing.cases,
+        unpaired=len(listing.problems),
+    )
+
+
+def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
+    index, sites = int(node_config["partition-id"]), int(node_config["num-partitions"])
+    others = {k: v for k, v in node_config.items() if k not in ("partition-id", "num-partitions")}
+    folder, wanted = _simulated_folder(index, sites, study)
+    config = load_site_config(others, folder=folder)
+    listing = find_cases(folder, layout=config.layout)
+    cases = listing.cases if wanted is None else _share(listing.cases, wanted, sites, study)
+    own_folder = study.data.partition == "folders"
+    return Site(
+        name=config.name if own_folder and config.name else _site_name(folder, index, own_folder),
+        simulated=True,
+        sites=sites,
+        config=config,
+        cases=cases,
+        unpaired=len(listing.problems) if wanted is None else 0,
+    )
+
+
+def _site_name(folder: Path, index: int, own_folder: bool) -> str:
+    name = re.sub(r"[^a-z0-9-]+", "-", folder.name.lower()).strip("-")[:32]
+    return name if own_folder and name else f"site-{index}"
+
+
+def _simulated_folder(index: int, sites: int, study: StudyConfig) -> tuple[Path, int | None]:
+    """Folder of a simulated site, and which share of it is the site's (None: all of it)."""
+    data = study.data
+    if data.source == "folder":
+        assert data.dir is not None
+        root = Path(data.dir).expanduser()
+        if data.partition != "folders":
+            return root, index
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; correct data.dir")
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if len(folders) != sites:
+            raise DataError(
+                f"{root}: {len(folders)} sub-folders for {sites} simulated sites; expected one a "
+                f"site; set num-supernodes={len(folders)}"
+            )
+        return folders[index], None
+    kinds = phantom_kinds(study)
+    if data.partition == "iid":
+        kind = kinds[index % len(kinds)]
+        seeds = [data.seed + 1000 * index + case for case in range(data.phantom_cases)]
+        return _phantoms(kind.name, [(kind, seeds)]), None
+    pool = [
+        (kinds[i % len(kinds)], [data.seed + 1000 * i + case for case in range(data.phantom_cases)])
+        for i in range(sites)
+    ]
+    return _phantoms("pool", pool), index
+
+
+def _phantoms(name: str, wanted: Sequence[tuple[PhantomKind, Sequence[int]]]) -> Path:
+    """Write phantoms into the cache unless they are there, and return their folder."""
+    content = hashlib.sha256(repr([(kind, list(seeds)) for kind, seeds in wanted]).encode())
+    folder = fedseg_home() / "cache" / "phantoms" / f"{name}-{content.hexdigest()[:12]}"
+    for kind, seeds in wanted:
+        write_phantom_site(folder, kind, seeds, name=name)
+    return folder
+
+
+def phantom_kinds(study: StudyConfig) -> list[PhantomKind]:
+    """Kinds named by `data.phantom-kinds`.
+
+    Raises:
+        ConfigError: A kind has no such name.
+    """
+    names = [name.strip() for name in study.data.phantom_kinds.split(",")]
+    for name in names:
+        if name not in KINDS:
+            raise ConfigError(
+                f"data.phantom-kinds: got '{name}'; expected some of {', '.join(KINDS)}"
+            )
+    return [KINDS[name] for name in names]
+
+
+def _share(cases: Sequence[Case], index: int, sites: int, study: StudyConfig) -> tuple[Case, ...]:
+    data = study.data
+    loads = [0.0] * len(cases)
+    if data.partition == "dirichlet":
+        loads = [_tumor_volume(case) for case in cases]
+    shares = partition(
+        data.partition, loads, sites=sites, alpha=data.dirichlet_alpha, seed=data.seed
+    )
+    return tuple(cases[i] for i in shares[index])
+
+
+def _tumor_volume(case: Case) -> float:
+    try:
+        mask = read_mask(case.mask)
+    except CaseError:
+        return 0.0  # whoever gets the case skips and counts it
+    return float(np.count_nonzero(mask.array == 2) * np.prod(mask.spacing))
+
+
+def load_cases(site: Site, plan: Plan, *, validation_fraction: float, seed: int) -> SiteCases:
+    """Preprocess a site's cases, or find them in its cache, and hold some out.
+
+    A case that can't be used is logged here and counted; it never stops the site.
+
+    Raises:
+        SiteError: No case is left to train on, or the cache can't be written.
+    """
+    usable, skipped = [], site.unpaired
+    for case in site.cases:
+        try:
+            usable.append(
+                cached_case(
+                    case,
+                    plan,
+                    site.config.cache,
+                    modality=site.config.modality,
+                    label_map=site.config.label_map,
+                )
+            )
+        except CaseError as error:
+            log.warning("skipped: %s", error)
+            skipped += 1
+        except DataError as error:
+            raise SiteError(Reason.DATA, str(error)) from None
+    held_out = 0
+    if validation_fraction and len(usable) > 1:
+        held_out = min(max(1, round(validation_fraction * len(usable))), len(usable) - 1)
+    order = np.random.default_rng([seed, 11]).permutation(len(usable))
+    return SiteCases(
+        training=tuple(usable[i] for i in sorted(order[held_out:])),
+        validation=tuple(usable[i] for i in sorted(order[:held_out])),
+        skipped=skipped,
+    )
+
+
+def server_cases(study: StudyConfig, plan: Plan, *, simulated: bool) -> dict[str, list[CachedCase]]:
+    """Held-out cases of the server: `global`, and `unseen` of a kind that no site has.
+
+    Phantoms are used only where all sites are simulated phantoms.
+
+    Raises:
+        FedSegError: `data.server-dir` or one of its cases can't be used.
+    """
+    data = study.data
+    cache = fedseg_home() / "cache"
+    groups: dict[str, Sequence[Case]] = {}
+    if data.server_dir is not None:
+        listing = find_cases(Path(data.server_dir).expanduser())
+        if listing.problems:
+            raise DataError(f"data.server-dir: {listing.problems[0]}")
+        groups["global"] = listing.cases
+    elif simulated and data.source == "phantom" and data.server_cases:
+        seeds = [data.seed + _SERVER_SEED + i for i in range(data.server_cases)]
+        kinds = list(dict.fromkeys(phantom_kinds(study)))
+        held_out = [(kind, [s + 1000 * n for s in seeds]) for n, kind in enumerate(kinds)]
+        groups["global"] = find_cases(_phantoms("server", held_out)).cases
+        groups["unseen"] = find_cases(_phantoms("unseen", [(UNSEEN, seeds)])).cases
+    try:
+        return {
+            name: [cached_case(case, plan, cache) for case in cases]
+            for name, cases in groups.items()
+        }
+    except FedSegError as error:
+        raise DataError(f"server's cases: {error}") from None

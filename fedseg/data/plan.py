@@ -1,0 +1,81 @@
+"""The plan: what every site preprocesses with, made once by the server and sent with each task."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedseg.config import StudyConfig, readable
+from fedseg.errors import ConfigError
+
+__all__ = ["CLASSES", "MAX_PLAN_BYTES", "REGIONS", "Plan"]
+
+CLASSES = 3
+"""Background, liver, tumor."""
+
+REGIONS = {"liver": 1, "tumor": 2}
+"""Region name to its lowest label: `liver` is label >= 1, `tumor` label 2 (LiTS)."""
+
+MAX_PLAN_BYTES = 64 * 1024
+
+_Size = Annotated[int, Field(ge=1, le=1024)]
+_Spacing = Annotated[float, Field(gt=0, le=100)]
+_Bound = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class Plan(BaseModel):
+    """Everything a site needs to turn a scan into network input and back.
+
+    Attributes:
+        spacing: Voxel size in mm, in RAS axis order.
+        ct_window: HU to which CT is clipped; its middle becomes 0, its ends -2 and 2.
+        mr_percentiles: Percentiles inside the body which MR maps to -2 and 2.
+        patch_size: Training patch in voxels.
+        inference_patch: Sliding window in voxels.
+        model: Name of the network, built-in or `pkg.mod:function`.
+        width: Channels of the first level.
+        depth: Number of levels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    spacing: tuple[_Spacing, _Spacing, _Spacing]
+    ct_window: tuple[_Bound, _Bound]
+    mr_percentiles: tuple[float, float]
+    patch_size: tuple[_Size, _Size, _Size]
+    inference_patch: tuple[_Size, _Size, _Size]
+    model: str = Field(max_length=256)
+    width: int = Field(ge=2, le=256)
+    depth: int = Field(ge=2, le=7)
+
+    @classmethod
+    def from_config(cls, config: StudyConfig) -> "Plan":
+        """Fix the plan by the study config."""
+        train, model = config.train, config.model
+        return cls(
+            spacing=train.spacing,
+            ct_window=train.ct_window,
+            mr_percentiles=train.mr_percentiles,
+            patch_size=train.patch_size,
+            inference_patch=train.inference_patch or train.patch_size,
+            model=model.name,
+            width=model.width,
+            depth=model.depth,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan that came over the wire or out of a file.
+
+        Raises:
+            ConfigError: It is too long, no JSON, or has impossible values.
+        """
+        if len(text.encode()) > MAX_PLAN_BYTES:
+            raise ConfigError(f"plan: got more than {MAX_PLAN_BYTES} bytes; expected a plan.json")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(readable(error, prefix="plan.")) from None
+
+    def to_json(self) -> str:
+        """Write the plan for a person to read."""
+        return self.model_dump_json(indent=2)

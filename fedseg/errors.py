@@ -1,0 +1,123 @@
+"""Errors a user can meet, each one line: what, got, where, how to mend.
+
+FedSegError
+├── ConfigError      a key of the study or the site config is wrong
+├── DataError        a folder or file of a site is wrong
+│   └── CaseError    one case is wrong; a round skips it and counts it
+├── ModelError       a network can't be built, read or run
+├── SiteError        a site can't or won't take part; carries the one Reason that may leave it
+└── StudyError       the run can't start or go on
+"""
+
+from enum import StrEnum
+from pathlib import Path
+
+__all__ = [
+    "REASONS",
+    "CaseError",
+    "ConfigError",
+    "DataError",
+    "FedSegError",
+    "ModelError",
+    "Reason",
+    "SiteError",
+    "StudyError",
+]
+
+
+class FedSegError(Exception):
+    """Base of all errors that are shown to a user without a traceback."""
+
+
+class ConfigError(FedSegError):
+    """A key of the study or site config has a wrong type, an impossible value or no meaning."""
+
+
+class DataError(FedSegError):
+    """A folder or file of a site can't be used."""
+
+
+class CaseError(DataError):
+    """One case can't be used.
+
+    Attributes:
+        path: The file; never leaves the site.
+        what: What was got and what was expected.
+        mend: How to mend it.
+    """
+
+    def __init__(self, path: Path | str, what: str, mend: str) -> None:
+        """Compose the one-line message."""
+        super().__init__(f"{path}: {what}; {mend}")
+        self.path = Path(path)
+        self.what = what
+        self.mend = mend
+
+
+class ModelError(FedSegError):
+    """A network can't be built, read or run."""
+
+
+class StudyError(FedSegError):
+    """The run can't start or go on."""
+
+
+class Reason(StrEnum):
+    """Why a site gave no update. A site sends only the code: no path, no case, no traceback."""
+
+    NO_DATA = "no-data"
+    NO_CASES = "no-cases"
+    DATA = "data"
+    SITE_CONFIG = "site-config"
+    CONFIG_MISMATCH = "config-mismatch"
+    PLAN = "plan"
+    MODEL_MISSING = "model-missing"
+    MODEL = "model"
+    OUT_OF_MEMORY = "out-of-memory"
+    NOT_FINITE = "not-finite"
+    BAD_UPDATE = "bad-update"
+    DEADLINE = "deadline"
+    UNREACHABLE = "unreachable"
+    ERROR = "error"
+    POLICY_CUSTOM_CODE = "policy-custom-code"
+    POLICY_MIN_CASES = "policy-min-cases"
+    POLICY_MAX_BYTES = "policy-max-bytes"
+
+    @property
+    def refused(self) -> bool:
+        """Whether the site's policy said no, rather than something going wrong."""
+        return self.value.startswith("policy-")
+
+
+REASONS: dict[Reason, str] = {
+    Reason.NO_DATA: "its node has neither data-dir nor partition-id; set data-dir in --node-config",
+    Reason.NO_CASES: "it has no usable case; run `fedseg check` on its data-dir",
+    Reason.DATA: "its folder can't be used; run `fedseg check` on its data-dir",
+    Reason.SITE_CONFIG: "its site.toml or --node-config is wrong; its own log says where",
+    Reason.CONFIG_MISMATCH: "its study config differs from the server's; use the same app bundle",
+    Reason.PLAN: "it can't follow the plan; its own log says why",
+    Reason.MODEL_MISSING: "the package of model.name or train.loss isn't installed there",
+    Reason.MODEL: "it can't build the network; its own log says why",
+    Reason.OUT_OF_MEMORY: "it ran out of memory; take a smaller train.patch-size or batch-size",
+    Reason.NOT_FINITE: "its update has NaN or Inf; take a smaller train.learning-rate",
+    Reason.BAD_UPDATE: "its update has other names, shapes or types than the model",
+    Reason.DEADLINE: "it didn't answer within the deadline",
+    Reason.UNREACHABLE: "its node went away",
+    Reason.ERROR: "it failed; its own log says why",
+    Reason.POLICY_CUSTOM_CODE: "its policy forbids code from outside fedseg (allow-custom-code)",
+    Reason.POLICY_MIN_CASES: "it has fewer cases than its policy's min-cases",
+    Reason.POLICY_MAX_BYTES: "the update is larger than its policy's max-bytes",
+}
+
+
+class SiteError(FedSegError):
+    """A site can't or won't take part in a round.
+
+    Attributes:
+        reason: The code that leaves the site; the message stays in the site's log.
+    """
+
+    def __init__(self, reason: Reason, message: str = "") -> None:
+        """Keep the reason and a message for the local log."""
+        super().__init__(message or REASONS[reason])
+        self.reason = reason

@@ -1,0 +1,1 @@
+"""Networks, training, inference and metrics: plain MONAI and PyTorch, without federation."""

@@ -1,0 +1,160 @@
+"""The site config: built-in defaults < `site.toml` < `--node-config`; the study can't set it."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from fedseg.config import Scalar, Section, kebab, readable
+from fedseg.errors import ConfigError, DataError
+from fedseg.registry import did_you_mean
+
+__all__ = ["PolicyConfig", "SiteConfig", "fedseg_home", "load_site_config", "valid_site_name"]
+
+_NAME = re.compile(r"[a-z0-9-]{1,32}")
+_FLOWER_KEYS = {"partition-id", "num-partitions", "site-config"}
+
+
+def fedseg_home() -> Path:
+    """Folder of caches and runs: `$FEDSEG_HOME`, else `~/.fedseg`."""
+    return Path(os.environ.get("FEDSEG_HOME") or "~/.fedseg").expanduser().absolute()
+
+
+def valid_site_name(name: str) -> bool:
+    """Tell whether a name may appear in reports: `[a-z0-9-]{1,32}`."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _regions(value: object) -> object:
+    """Parse `"liver,tumor"`."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(","))
+
+
+def _label_map(value: object) -> object:
+    """Parse `{"3" = 1}` of site.toml, or `"3:1,4:2"` of node-config, into numbers."""
+    pairs = value.items() if isinstance(value, Mapping) else None
+    if isinstance(value, str):
+        pairs = [part.split(":") for part in value.split(",")]  # type: ignore[assignment]
+    if pairs is None:
+        return value
+    try:
+        return {int(old): int(new) for old, new in pairs}
+    except ValueError:
+        raise ValueError('pairs of mask value and label, as "3:1,4:2"') from None
+
+
+class PolicyConfig(Section):
+    """What the site lets a study do; a study that asks for more is refused."""
+
+    min_cases: int = Field(1, ge=1, description="fewest cases the site trains with")
+    max_bytes: int | None = Field(None, ge=1, description="most bytes of an update a round")
+    allow_custom_code: bool = Field(
+        False, description="whether pkg.mod:function of a study may be imported"
+    )
+
+
+class SiteConfig(Section):
+    """What a node knows about its own data and allows."""
+
+    name: str | None = Field(None, description="[a-z0-9-], 32 at most; a registered name wins")
+    data_dir: str | None = Field(None, description="folder of the site's cases")
+    layout: str = Field("auto", description="auto, images-masks")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    cache_dir: str | None = Field(None, description="preprocessed cases; empty: ~/.fedseg/cache")
+    labels: Annotated[tuple[Literal["liver", "tumor"], ...], BeforeValidator(_regions)] = Field(
+        ("liver", "tumor"), description="regions the site annotates"
+    )
+    label_map: Annotated[dict[int, int] | None, BeforeValidator(_label_map)] = Field(
+        None, description="mask value to label where they differ from 0, 1, 2"
+    )
+    modality: Literal["auto", "ct", "mr"] = Field(
+        "auto", description="auto: CT where a scan has voxels under -200"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; empty: all the node has")
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None and not valid_site_name(name):
+            raise ValueError("a name of a-z, 0-9 and -, 32 characters at most")
+        return name
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) is None:
+            raise ValueError("auto, cpu, cuda, cuda:N or mps")
+        return device
+
+    @field_validator("labels")
+    @classmethod
+    def _liver_is_there(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if "liver" not in labels:
+            raise ValueError('"liver" or "liver,tumor"')
+        return labels
+
+    @property
+    def cache(self) -> Path:
+        """Absolute folder for preprocessed cases and state between rounds."""
+        return Path(self.cache_dir).expanduser().absolute() if self.cache_dir else _default_cache()
+
+
+def _default_cache() -> Path:
+    return fedseg_home() / "cache"
+
+
+def load_site_config(
+    node_config: Mapping[str, Scalar], *, folder: Path | None = None
+) -> SiteConfig:
+    """Merge defaults, `site.toml` and node-config.
+
+    Args:
+        node_config: What Flower's `--node-config` carries; `policy.*` keys are flat.
+        folder: The site's folder when node-config has no `data-dir` (a simulated sub-folder).
+
+    Raises:
+        ConfigError: A key is unknown, or a value has a wrong type or is impossible.
+        DataError: A named `site-config` can't be read.
+    """
+    data_dir = folder or (Path(str(node_config["data-dir"])) if "data-dir" in node_config else None)
+    named = node_config.get("site-config")
+    merged: dict[str, Any] = {}
+    if named:
+        merged = _read_toml(Path(str(named)).expanduser())
+    elif data_dir is not None and (data_dir / "site.toml").is_file():
+        merged = _read_toml(data_dir / "site.toml")
+    for key, value in node_config.items():
+        if key in _FLOWER_KEYS:
+            continue
+        section, _, name = key.rpartition(".")
+        target = merged.setdefault(section, {}) if section else merged
+        target[name] = value
+    if folder is not None:
+        merged["data-dir"] = str(folder)
+    known = {kebab(name) for name in SiteConfig.model_fields}
+    for key in merged:
+        if key not in known:
+            raise ConfigError(
+                f"{key}: unknown key of the site config{did_you_mean(key, known)}; expected "
+                f"{', '.join(sorted(known))}"
+            )
+    try:
+        return SiteConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(readable(error)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror}); check site-config") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error}); mend the line") from None
