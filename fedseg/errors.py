@@ -78,6 +78,7 @@ class Reason(StrEnum):
     BAD_UPDATE = "bad-update"
     DEADLINE = "deadline"
     UNREACHABLE = "unreachable"
+    CRASHED = "crashed"
     ERROR = "error"
     POLICY_CUSTOM_CODE = "policy-custom-code"
     POLICY_MIN_CASES = "policy-min-cases"
@@ -103,6 +104,7 @@ REASONS: dict[Reason, str] = {
     Reason.BAD_UPDATE: "its update has other names, shapes or types than the model",
     Reason.DEADLINE: "it didn't answer within the deadline",
     Reason.UNREACHABLE: "its node went away",
+    Reason.CRASHED: "its process was killed, most often for lack of memory",
     Reason.ERROR: "it failed; its own log says why",
     Reason.POLICY_CUSTOM_CODE: "its policy forbids code from outside fedseg (allow-custom-code)",
     Reason.POLICY_MIN_CASES: "it has fewer cases than its policy's min-cases",

@@ -1,0 +1,1 @@
+"""The federation at the server: find sites, run rounds, average, keep the run folder."""

@@ -1,0 +1,61 @@
+"""Send one message to each site and take the replies one at a time, as they come.
+
+Flower's `send_and_receive` returns all replies in one list, so server memory grows with the number
+of sites; `pull_messages` with many ids inflates everything that is ready. One id a call does not.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+__all__ = ["Arrival", "exchange"]
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = (0.1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A reply, or its absence at the deadline.
+
+    Attributes:
+        site: Name of the site.
+        message: The reply, None if it is late.
+        seconds: From sending to arrival.
+    """
+
+    site: str
+    message: Message | None
+    seconds: float
+
+
+def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) -> Iterator[Arrival]:
+    """Push all messages, then yield one arrival a site; late ones last.
+
+    Args:
+        grid: Flower's grid.
+        messages: One message for each site.
+        deadline: Seconds from now after which a site is late.
+    """
+    began = time.monotonic()
+    ids = list(grid.push_messages(list(messages.values())))
+    open_ids = dict(zip(messages, ids, strict=True))
+    pause, longest = _POLL_SECONDS
+    while open_ids:
+        arrived = 0
+        for site, message_id in list(open_ids.items()):
+            for reply in grid.pull_messages([message_id]) if message_id else ():
+                del open_ids[site]
+                arrived += 1
+                yield Arrival(site=site, message=reply, seconds=time.monotonic() - began)
+        if not open_ids or time.monotonic() - began > deadline:
+            break
+        pause = _POLL_SECONDS[0] if arrived else min(1.2 * pause, longest)
+        time.sleep(pause)
+    for site in open_ids:
+        yield Arrival(site=site, message=None, seconds=time.monotonic() - began)

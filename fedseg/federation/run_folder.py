@@ -1,0 +1,97 @@
+"""The run folder: what a study run leaves, as files a person can open."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import fedseg
+from fedseg.config import StudyConfig
+from fedseg.data.plan import Plan
+from fedseg.errors import StudyError
+
+__all__ = ["RunFolder", "new_run_id"]
+
+_PACKAGES = ("flwr", "torch", "monai", "nibabel", "numpy")
+
+
+def new_run_id() -> str:
+    """Make the id of a study run; it starts with the date (UTC)."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")  # noqa: UP017
+    return f"{now}-{secrets.token_hex(2)}"
+
+
+class RunFolder:
+    """`<output.dir>/<run-id>/` with its files.
+
+    Attributes:
+        path: Absolute path of the folder.
+        run_id: Id of the study run.
+    """
+
+    def __init__(self, study: StudyConfig, plan: Plan, run_id: str) -> None:
+        """Create the folder, `config.json`, `plan.json` and the link `latest`.
+
+        Raises:
+            StudyError: It can't be written.
+        """
+        root = Path(study.output.dir).expanduser().absolute()
+        self.run_id = run_id
+        self.path = root / run_id
+        self._manifest: dict[str, Any] = {}
+        try:
+            self.path.mkdir(parents=True)
+            self.write_json("config.json", study.model_dump(mode="json", by_alias=True))
+            (self.path / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+            self._link_latest(root)
+        except OSError as error:
+            raise StudyError(
+                f"output.dir: can't write {self.path} ({error.strerror}); free space or set another"
+            ) from None
+
+    def _link_latest(self, root: Path) -> None:
+        link = root / f".latest-{self.run_id}"
+        link.symlink_to(self.run_id)
+        os.replace(link, root / "latest")
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file atomically."""
+        temporary = self.path / f".{name}"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def append_history(self, line: Mapping[str, Any]) -> None:
+        """Add one round to `history.jsonl`; on disk when this returns."""
+        with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Set entries of `manifest.json`."""
+        if not self._manifest:
+            self._manifest = {
+                "run": self.run_id,
+                "fedseg": fedseg.__version__,
+                "python": platform.python_version(),
+                "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+                "git_commit": _git_commit(),
+            }
+        self._manifest.update(entries)
+        self.write_json("manifest.json", self._manifest)
+
+
+def _git_commit() -> str | None:
+    """Commit of the code, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

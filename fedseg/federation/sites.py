@@ -1,0 +1,139 @@
+"""Find out who is there: wait for sites, ask their names, refuse duplicates."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedseg.config import StudyConfig
+from fedseg.errors import REASONS, StudyError
+from fedseg.federation.exchange import exchange
+from fedseg.messages import Greeting, read_greeting
+from fedseg.site_config import valid_site_name
+
+__all__ = ["KnownSite", "find_sites"]
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownSite:
+    """A site as the server knows it.
+
+    Attributes:
+        name: Registered SuperNode name, else its own.
+        node_id: Flower's id of its node; not shown to people.
+        simulated: Whether it is simulated.
+        verified: Whether the name is the registered one.
+    """
+
+    name: str
+    node_id: int
+    simulated: bool
+    verified: bool
+
+
+def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
+    """Wait until the expected sites are there, or the deadline has passed.
+
+    Returns:
+        Sites in order of their names.
+
+    Raises:
+        StudyError: Too few sites came, or two have one name.
+    """
+    federation = study.federation
+    end = time.monotonic() + federation.connect_deadline
+    greeted: dict[int, Greeting] = {}
+    registered: dict[int, str] = {}
+    said = -1
+    while True:
+        nodes = {node.node_id: str(node.name) for node in grid.get_nodes()}
+        registered.update(nodes)
+        new = [node for node in sorted(nodes) if node not in greeted]
+        messages = {
+            str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new
+        }
+        left = end - time.monotonic()
+        for arrival in exchange(grid, messages, deadline=max(left, 1.0)):
+            if arrival.message is not None:
+                greeted[int(arrival.site)] = read_greeting(arrival.message)
+        sites = _named(greeted, registered)
+        if _complete(sites, greeted, study):
+            break
+        if len(sites) != said:
+            log.info("waiting for sites: %d there", said := len(sites))
+        if time.monotonic() > end:
+            break
+        time.sleep(_POLL_SECONDS)
+    _say_who_cannot(greeted, registered)
+    return _chosen(sites, study, federation.connect_deadline)
+
+
+def _named(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[KnownSite]:
+    sites = []
+    unnamed = 0
+    for node, greeting in sorted(greeted.items()):
+        if greeting.reason is not None:
+            continue
+        official = registered.get(node, "")
+        name = official if valid_site_name(official) else greeting.name
+        if not name:
+            unnamed += 1
+            name = f"unnamed-{unnamed}"
+        sites.append(
+            KnownSite(
+                name=name, node_id=node, simulated=greeting.simulated, verified=name == official
+            )
+        )
+    return sorted(sites, key=lambda site: site.name)
+
+
+def _wanted_names(study: StudyConfig) -> list[str]:
+    text = study.federation.sites
+    return [] if text.isdigit() else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _complete(sites: list[KnownSite], greeted: dict[int, Greeting], study: StudyConfig) -> bool:
+    names = _wanted_names(study)
+    if names:
+        return set(names) <= {site.name for site in sites}
+    if study.federation.sites:
+        return len(sites) >= int(study.federation.sites)
+    simulated = max((greeting.sites for greeting in greeted.values()), default=0)
+    if simulated:
+        return len(greeted) >= simulated
+    return len(sites) >= study.federation.min_sites
+
+
+def _say_who_cannot(greeted: dict[int, Greeting], registered: dict[int, str]) -> None:
+    for node, greeting in sorted(greeted.items()):
+        if greeting.reason is not None:
+            name = registered.get(node) or greeting.name or "a site"
+            log.warning("%s can't take part: %s", name, REASONS[greeting.reason])
+
+
+def _chosen(sites: list[KnownSite], study: StudyConfig, waited: float) -> list[KnownSite]:
+    names = _wanted_names(study)
+    chosen = [site for site in sites if not names or site.name in names]
+    twice = {site.name for site in chosen if sum(s.name == site.name for s in chosen) > 1}
+    if twice:
+        raise StudyError(
+            f"sites: two nodes are named {', '.join(sorted(twice))}; give each a name of its own "
+            "(flwr supernode register --name, or name in site.toml)"
+        )
+    missing = [name for name in names if name not in {site.name for site in sites}]
+    if missing:
+        log.warning("not there after %g s: %s", waited, ", ".join(missing))
+    if len(chosen) < study.federation.min_sites:
+        raise StudyError(
+            f"sites: got {len(chosen)} within {waited:g} s"
+            f"{' (missing: ' + ', '.join(missing) + ')' if missing else ''}; expected at least "
+            f"{study.federation.min_sites}; start their SuperNodes, or change federation.min-sites "
+            "or federation.connect-deadline"
+        )
+    return chosen

@@ -1,0 +1,296 @@
+"""The one place that knows record keys: what travels between server and site, packed and unpacked.
+
+Server to site: `arrays` (shared floats), `buffers` (integer state, where the network has any),
+`config` (see `Task`). Site to server: `update` (change of the shared floats), `metrics` (numbers
+under declared keys), `status` (ok, failed or refused, and a reason code).
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+
+from fedseg.errors import ConfigError, Reason
+from fedseg.site_config import valid_site_name
+
+__all__ = [
+    "ARRAYS",
+    "CONFIG",
+    "TRAIN_METRICS",
+    "Answer",
+    "Greeting",
+    "Task",
+    "answer_message",
+    "arrays_to_state",
+    "greeting_message",
+    "read_answer",
+    "read_greeting",
+    "state_to_arrays",
+    "update_fits",
+]
+
+ARRAYS, BUFFERS, CONFIG = "arrays", "buffers", "config"
+UPDATE, METRICS, STATUS, SITE = "update", "metrics", "status", "site"
+
+TRAIN_METRICS = ("cases", "patches", "steps", "loss", "seconds", "skipped")
+"""Numbers a site sends about training; about evaluation it sends `metrics.empty_sums`."""
+
+_HEADER_BYTES = 4096
+"""An array travels as .npy; more than this beyond its data is not one of ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a train or evaluate message asks for, beside the weights.
+
+    Attributes:
+        study_run: Id of the study run.
+        config_digest: Digest of the study config at the server.
+        plan: The plan as JSON.
+        round_number: This round, from 1.
+        rounds: Rounds of the whole run.
+        proximal_mu: FedProx's mu; 0 elsewhere. Under Flower's own key.
+    """
+
+    study_run: str
+    config_digest: str
+    plan: str
+    round_number: int
+    rounds: int
+    proximal_mu: float = 0.0
+
+    def to_record(self) -> ConfigRecord:
+        """Pack; `proximal-mu` and `server-round` are added by Flower's strategies."""
+        return ConfigRecord(
+            {
+                "study-run": self.study_run,
+                "config-digest": self.config_digest,
+                "plan": self.plan,
+                "server-round": self.round_number,
+                "rounds": self.rounds,
+            }
+        )
+
+    @classmethod
+    def from_message(cls, message: Message) -> "Task":
+        """Unpack.
+
+        Raises:
+            ConfigError: A key is missing or has another type.
+        """
+        record = message.content.config_records.get(CONFIG, ConfigRecord())
+        texts = [record.get(key) for key in ("study-run", "config-digest", "plan")]
+        numbers = [record.get(key) for key in ("server-round", "rounds")]
+        mu = record.get("proximal-mu", 0.0)
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError("task: study-run, config-digest or plan is missing")
+        if not all(isinstance(n, int) and 0 <= n < 2**31 for n in numbers):
+            raise ConfigError("task: server-round or rounds is missing")
+        if not re.fullmatch(r"[\w.-]{1,64}", str(texts[0])):
+            raise ConfigError("task: study-run has other characters than letters, digits, - and _")
+        if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
+            raise ConfigError(f"task: got proximal-mu {mu!r}; expected a number of at least 0")
+        return cls(
+            study_run=str(texts[0]),
+            config_digest=str(texts[1]),
+            plan=str(texts[2]),
+            round_number=int(str(numbers[0])),
+            rounds=int(str(numbers[1])),
+            proximal_mu=float(mu),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greeting:
+    """A site's answer to `query.hello`.
+
+    Attributes:
+        name: Its own name for itself, `""` if it has none.
+        simulated: Whether it is simulated.
+        sites: Number of simulated sites.
+        reason: Why it can't take part, None if it can.
+    """
+
+    name: str = ""
+    simulated: bool = False
+    sites: int = 0
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back for one site and task.
+
+    Attributes:
+        status: ok, late, failed, refused or quarantined.
+        reason: Why not ok.
+        detail: A Python package name where one is missing, else `""`.
+        metrics: Numbers the site sent.
+        update: Change of the shared floats, None where there is none.
+        bytes_up: Size of the arrays received.
+    """
+
+    status: str
+    reason: Reason | None = None
+    detail: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    update: ArrayRecord | None = None
+    bytes_up: int = 0
+
+
+def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Pack tensors as .npy arrays."""
+    return ArrayRecord(
+        {
+            name: Array(np.ascontiguousarray(tensor.detach().cpu().numpy()))
+            for name, tensor in state.items()
+        }
+    )
+
+
+def arrays_to_state(
+    record: ArrayRecord, like: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Unpack arrays after checking that they are just those of `like`.
+
+    Nothing is decoded whose declared size differs from the tensor it is for, so a hostile header
+    can't make this side allocate more than the model.
+
+    Raises:
+        ValueError: Names, shapes, types or sizes differ.
+    """
+    if set(record) != set(like):
+        raise ValueError("other names than the model's")
+    state = {}
+    for name, tensor in like.items():
+        array = record[name]
+        wanted = tensor.numel() * tensor.element_size()
+        if (
+            tuple(array.shape) != tuple(tensor.shape)
+            or np.dtype(array.dtype) != np.dtype(str(tensor.dtype).removeprefix("torch."))
+            or array.stype != "numpy.ndarray"
+            or not wanted <= len(array.data) <= wanted + _HEADER_BYTES
+        ):
+            raise ValueError("other shapes or types than the model's")
+        values = array.numpy()
+        if values.shape != tuple(tensor.shape):
+            raise ValueError("an array whose header lies")
+        state[name] = torch.from_numpy(np.array(values))
+    return state
+
+
+def update_fits(
+    update: ArrayRecord, like: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | Reason:
+    """Decode an update under bounds and check it alone: names, shapes, types, finite."""
+    try:
+        state = arrays_to_state(update, like)
+    except (ValueError, TypeError, KeyError, EOFError):
+        return Reason.BAD_UPDATE
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        return Reason.NOT_FINITE
+    return state
+
+
+def answer_message(
+    to: Message,
+    *,
+    status: str,
+    reason: Reason | None = None,
+    metrics: Mapping[str, float] | None = None,
+    update: Mapping[str, torch.Tensor] | None = None,
+) -> Message:
+    """Pack a site's answer: numbers under declared keys, and no text but status and reason."""
+    content = RecordDict(
+        {
+            STATUS: ConfigRecord({"status": status, "reason": reason.value if reason else ""}),
+            METRICS: MetricRecord({key: float(value) for key, value in (metrics or {}).items()}),
+        }
+    )
+    if update is not None:
+        content[UPDATE] = state_to_arrays(update)
+    return Message(content, reply_to=to)
+
+
+def read_answer(message: Message, *, declared: Collection[str]) -> Answer:
+    """Unpack a site's answer; whatever is odd about it becomes a reason, never an exception.
+
+    Args:
+        message: The reply.
+        declared: Keys the numbers may have.
+    """
+    if message.has_error():
+        reason, detail = _flower_error(message)
+        return Answer(status="failed", reason=reason, detail=detail)
+    content = message.content
+    record = content.config_records.get(STATUS, ConfigRecord())
+    status, code = record.get("status"), record.get("reason")
+    if status not in ("ok", "failed", "refused"):
+        return Answer(status="failed", reason=Reason.BAD_UPDATE)
+    code_reason = Reason(code) if code in list(Reason) else None
+    if status != "ok":
+        return Answer(status=str(status), reason=code_reason or Reason.ERROR)
+    metrics = _numbers(content.metric_records.get(METRICS, MetricRecord()), declared)
+    if metrics is None:
+        return Answer(status="failed", reason=Reason.BAD_UPDATE)
+    update = content.array_records.get(UPDATE)
+    size = sum(len(array.data) for array in update.values()) if update is not None else 0
+    return Answer(status="ok", metrics=metrics, update=update, bytes_up=size)
+
+
+def _numbers(record: MetricRecord, declared: Collection[str]) -> dict[str, float] | None:
+    metrics = {}
+    for key, value in record.items():
+        if key not in declared or isinstance(value, list) or not math.isfinite(value):
+            return None
+        metrics[key] = float(value)
+    return metrics
+
+
+def _flower_error(message: Message) -> tuple[Reason, str]:
+    """Translate Flower's error reply; its text holds tracebacks with paths and is not passed on."""
+    text = message.error.reason or ""
+    missing = re.search(r"No module named '([A-Za-z_][\w.]{0,63})'", text)
+    if missing:
+        return Reason.MODEL_MISSING, missing.group(1)
+    return _FLOWER_ERRORS.get(message.error.code, Reason.ERROR), ""
+
+
+_FLOWER_ERRORS = {
+    ErrorCode.MESSAGE_UNAVAILABLE: Reason.UNREACHABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: Reason.UNREACHABLE,
+    ErrorCode.NODE_UNAVAILABLE: Reason.UNREACHABLE,
+    ErrorCode.CLIENT_APP_CRASHED: Reason.CRASHED,
+}
+
+
+def greeting_message(to: Message, greeting: Greeting) -> Message:
+    """Pack a site's answer to hello."""
+    record = ConfigRecord(
+        {
+            "name": greeting.name,
+            "simulated": greeting.simulated,
+            "sites": greeting.sites,
+            "reason": greeting.reason.value if greeting.reason else "",
+        }
+    )
+    return Message(RecordDict({SITE: record}), reply_to=to)
+
+
+def read_greeting(message: Message) -> Greeting:
+    """Unpack a site's answer to hello; a name that isn't `[a-z0-9-]{1,32}` counts as none."""
+    if message.has_error():
+        return Greeting(reason=_flower_error(message)[0])
+    record = message.content.config_records.get(SITE, ConfigRecord())
+    name, sites, code = record.get("name"), record.get("sites"), record.get("reason")
+    return Greeting(
+        name=name if isinstance(name, str) and valid_site_name(name) else "",
+        simulated=record.get("simulated") is True,
+        sites=sites if isinstance(sites, int) and 0 <= sites < 10**6 else 0,
+        reason=Reason(code) if code in list(Reason) else None,
+    )

@@ -1,0 +1,140 @@
+"""The ServerApp: read the study config, find the sites, run the rounds, show the result."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from flwr.app import Context
+from flwr.app.exception import AppExitException
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.exit import ExitCode
+from torch import nn
+
+from fedseg.config import StudyConfig
+from fedseg.data.cache import CachedCase
+from fedseg.data.node import server_cases
+from fedseg.data.plan import Plan
+from fedseg.errors import FedSegError, ModelError
+from fedseg.federation.rounds import Federation, ServerEvaluation, Summary, run_rounds
+from fedseg.federation.run_folder import RunFolder, new_run_id
+from fedseg.federation.sites import find_sites
+from fedseg.federation.strategies import make_strategy
+from fedseg.federation.table import result_table
+from fedseg.registry import is_custom
+from fedseg.segmentation.evaluation import evaluate_cases
+from fedseg.segmentation.metrics import summarise
+from fedseg.segmentation.model_file import read_model_file, sha256_of
+from fedseg.segmentation.models import build_model, check_logits, check_patch, parameter_count
+from fedseg.segmentation.training import choose_device, set_threads
+
+log = logging.getLogger("fedseg.server")
+
+app = ServerApp()
+
+
+class StudyFailed(AppExitException):
+    """Ends the run as failed with one line; Flower's log would print a traceback otherwise."""
+
+    exit_code = ExitCode.SERVERAPP_EXCEPTION
+    __traceback__ = None
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study."""
+    logging.getLogger("fedseg").setLevel(logging.INFO)
+    try:
+        run_study(grid, context)
+    except FedSegError as error:
+        print(f"fedseg: {error}", file=sys.stderr, flush=True)
+        raise StudyFailed(str(error)) from None
+
+
+def run_study(grid: Grid, context: Context) -> RunFolder:
+    """Run the study and return its folder.
+
+    Raises:
+        FedSegError: It can't start or go on.
+    """
+    study = StudyConfig.from_run_config(context.run_config)
+    set_threads(None)
+    plan = Plan.from_config(study)
+    network = _initial_network(study, plan)
+    strategy = make_strategy(study)
+    sites = find_sites(grid, study)
+    folder = RunFolder(study, plan, new_run_id())
+    log.info("run folder: %s", folder.path)
+    log.info("%d sites: %s", len(sites), ", ".join(site.name for site in sites))
+    log.info("%s with %d parameters", plan.model, parameter_count(network))
+    folder.update_manifest(
+        status="running",
+        seed=study.train.seed,
+        flwr_runs=[context.run_id],
+        sites={s.name: {"verified": s.verified, "simulated": s.simulated} for s in sites},
+        parameters=parameter_count(network),
+    )
+    try:
+        federation = Federation(
+            grid=grid,
+            study=study,
+            plan=plan,
+            sites=sites,
+            network=network,
+            strategy=strategy,
+            folder=folder,
+            evaluate=_server_evaluation(study, plan, all(site.simulated for site in sites)),
+        )
+        history = run_rounds(federation)
+    except BaseException as error:
+        folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
+        raise
+    models = sorted(folder.path.glob("model-*.safetensors"))
+    folder.update_manifest(
+        status="completed", sha256={path.name: sha256_of(path) for path in models}
+    )
+    print(result_table(history), flush=True)
+    print(f"Run folder: {folder.path}", flush=True)
+    return folder
+
+
+def _initial_network(study: StudyConfig, plan: Plan) -> nn.Module:
+    """Build the global model and check by it that patch and network fit."""
+    check_patch(plan, levels_matter=not is_custom(plan.model))
+    try:
+        network = build_model(plan, seed=study.train.seed)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"model.name: '{plan.model}' needs package {error.name}; install it at the SuperLink "
+            "and at every site, or add it to fab-include"
+        ) from None
+    if is_custom(plan.model):
+        check_logits(network, plan)
+    if study.model.init_from:
+        state, source, _ = read_model_file(Path(study.model.init_from).expanduser())
+        try:
+            network.load_state_dict(state)
+        except RuntimeError:
+            raise ModelError(
+                f"model.init-from: its network is {source.model} of width {source.width} and depth "
+                f"{source.depth}; expected {plan.model}, {plan.width}, {plan.depth}"
+            ) from None
+    return network
+
+
+def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> ServerEvaluation:
+    """Make the function that scores a network on the server's own cases."""
+    groups = server_cases(study, plan, simulated=simulated)
+    device = choose_device("auto")
+
+    def score(network: nn.Module, cases: Sequence[CachedCase]) -> Summary:
+        precision = study.train.precision
+        return summarise(evaluate_cases(network, cases, plan, device=device, precision=precision))
+
+    def evaluate(network: nn.Module) -> dict[str, Summary]:
+        return {name: score(network, cases) for name, cases in groups.items()}
+
+    return evaluate
