@@ -20,6 +20,7 @@ from fedseg.data.node import Site, SiteCases, load_cases, open_site
 from fedseg.data.patches import batches
 from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, ModelError, Reason, SiteError
+from fedseg.logs import show_logs
 from fedseg.messages import (
     ARRAYS,
     BUFFERS,
@@ -55,7 +56,7 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
 
     @functools.wraps(work)
     def handler(message: Message, context: Context) -> Message:
-        logging.getLogger("fedseg").setLevel(logging.INFO)
+        show_logs()
         try:
             try:
                 study = StudyConfig.from_run_config(context.run_config)

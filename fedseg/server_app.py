@@ -23,8 +23,9 @@ from fedseg.federation.rounds import Federation, ServerEvaluation, Summary, run_
 from fedseg.federation.run_folder import RunFolder, new_run_id
 from fedseg.federation.sites import find_sites
 from fedseg.federation.strategies import make_strategy
-from fedseg.federation.table import result_table
+from fedseg.logs import show_logs
 from fedseg.registry import is_custom
+from fedseg.report.table import result_table
 from fedseg.segmentation.evaluation import evaluate_cases
 from fedseg.segmentation.metrics import summarise
 from fedseg.segmentation.model_file import read_model_file, sha256_of
@@ -46,7 +47,7 @@ class StudyFailed(AppExitException):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study."""
-    logging.getLogger("fedseg").setLevel(logging.INFO)
+    show_logs()
     try:
         run_study(grid, context)
     except FedSegError as error:

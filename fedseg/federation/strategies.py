@@ -4,7 +4,9 @@ On one reply a strategy's average is the identity, so the server never holds mor
 what the strategy does beyond averaging (momentum, adaptive steps, a client term) stays its own.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -39,6 +41,18 @@ def make_strategy(study: StudyConfig) -> Strategy:
     return strategy
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Flower from logging `Received 1 results`: that one is the mean of all sites."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _ChosenNodes:
     """The part of a grid that `configure_train` uses, with just the chosen nodes."""
 
@@ -63,7 +77,8 @@ def train_config(
     for minimum in ("min_train_nodes", "min_available_nodes"):
         setattr(strategy, minimum, len(node_ids))
     grid = cast(Grid, _ChosenNodes(node_ids))
-    messages = strategy.configure_train(round_number, state_to_arrays(state), config, grid)
+    with _quiet():
+        messages = strategy.configure_train(round_number, state_to_arrays(state), config, grid)
     for message in messages:
         record: ConfigRecord = message.content.config_records["config"]
         return record
@@ -90,7 +105,8 @@ def next_state(
     content = RecordDict(
         {ARRAYS: state_to_arrays(moved), "metrics": MetricRecord({"num-examples": 1})}
     )
-    arrays, _ = strategy.aggregate_train(round_number, [Message(content, reply_to=to)])
+    with _quiet():
+        arrays, _ = strategy.aggregate_train(round_number, [Message(content, reply_to=to)])
     assert isinstance(arrays, ArrayRecord)
     # FedOpt strategies return float64: cast back to what the network has.
     result = {

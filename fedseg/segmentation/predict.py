@@ -1,0 +1,122 @@
+"""Predict masks for new scans with a model file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedseg.data.plan import Plan
+from fedseg.data.preprocess import Modality
+from fedseg.data.sites import nifti_stem
+from fedseg.data.volumes import read_image, write_mask
+from fedseg.errors import CaseError, DataError
+from fedseg.segmentation.inference import predict_labels
+
+__all__ = ["Prediction", "predict_files", "scans_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What became of one scan.
+
+    Attributes:
+        scan: The input.
+        mask: The written mask, None where there is a problem.
+        volumes_ml: Region to its volume in mL.
+        problem: Why there is no mask.
+    """
+
+    scan: Path
+    mask: Path | None
+    volumes_ml: dict[str, float]
+    problem: str | None = None
+
+
+def scans_of(paths: Sequence[Path]) -> list[Path]:
+    """Expand folders into the NIfTI files they hold.
+
+    Raises:
+        DataError: A path is missing, no NIfTI file, or there is none at all.
+    """
+    scans: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            scans += sorted(p for p in path.iterdir() if p.is_file() and nifti_stem(p))
+        elif not path.is_file():
+            raise DataError(f"{path}: no such file or folder; correct the path")
+        elif nifti_stem(path) is None:
+            raise DataError(f"{path}: not named .nii or .nii.gz; convert it")
+        else:
+            scans.append(path)
+    if not scans:
+        raise DataError(f"{paths[0]}: no .nii or .nii.gz file in it; give scans or their folder")
+    return scans
+
+
+def predict_files(
+    network: nn.Module,
+    plan: Plan,
+    scans: Sequence[Path],
+    out: Path,
+    *,
+    device: torch.device,
+    modality: Modality = "auto",
+    overwrite: bool = False,
+    on_scan: Callable[[Prediction], None] | None = None,
+) -> list[Prediction]:
+    """Write `<out>/<name>.nii.gz` for each scan, on the scan's exact grid and affine.
+
+    A scan that can't be used is reported and the others go on; masks that exist are kept.
+
+    Raises:
+        DataError: The folder can't be written, or two scans would have one mask.
+    """
+    targets = [out / f"{nifti_stem(scan)}.nii.gz" for scan in scans]
+    if len(set(targets)) < len(targets):
+        raise DataError(f"{out}: two scans have the same name; predict them into two folders")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out}: can't be made ({error.strerror}); give another folder") from None
+    results = []
+    for scan, target in zip(scans, targets, strict=True):
+        if target.resolve() == scan.resolve():
+            raise DataError(f"{scan}: its mask would replace it; give another folder with -o")
+        if target.exists() and not overwrite:
+            result = Prediction(
+                scan=scan, mask=None, volumes_ml={}, problem=f"{target}: exists; --overwrite"
+            )
+        else:
+            result = _predict(network, plan, scan, target, device, modality)
+        results.append(result)
+        if on_scan:
+            on_scan(result)
+    return results
+
+
+def _predict(
+    network: nn.Module,
+    plan: Plan,
+    scan: Path,
+    target: Path,
+    device: torch.device,
+    modality: Modality,
+) -> Prediction:
+    try:
+        volume = read_image(scan)
+    except CaseError as error:
+        return Prediction(scan=scan, mask=None, volumes_ml={}, problem=str(error))
+    labels = predict_labels(network, volume, plan, device=device, modality=modality)
+    try:
+        write_mask(target, labels, volume)
+    except OSError as error:
+        raise DataError(f"{target}: can't be written ({error.strerror}); free space") from None
+    millilitres = float(np.prod(volume.spacing)) / 1000
+    volumes = {
+        "liver": int((labels >= 1).sum()) * millilitres,
+        "tumor": int((labels == 2).sum()) * millilitres,
+    }
+    return Prediction(scan=scan, mask=target, volumes_ml=volumes)
