@@ -2,14 +2,18 @@
 
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedseg import __version__
-from fedseg.errors import ConfigError, FedSegError
+from fedseg.errors import ConfigError, DataError, FedSegError
 from fedseg.logs import show_logs
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["app", "main"]
 
@@ -34,6 +38,9 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     show_logs()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # file names may have bytes that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FedSegError as error:
@@ -72,7 +79,12 @@ def phantom(
     for site in range(sites):
         kind = KINDS[names[site % len(names)]]
         seeds = [seed + 1000 * site + case for case in range(cases)]
-        write_phantom_site(out / f"site-{site}", kind, seeds, name=f"site-{site}")
+        try:
+            write_phantom_site(out / f"site-{site}", kind, seeds, name=f"site-{site}")
+        except OSError as error:
+            raise DataError(
+                f"{out}: can't be written ({error.strerror}); free space or give another folder"
+            ) from None
         print(f"{out / f'site-{site}'}: {cases} cases of kind {kind.name}")
 
 
@@ -111,7 +123,7 @@ def predict(
     """Write a mask (1 liver, 2 tumor) for each scan, on the scan's own grid."""
     from fedseg.segmentation.model_file import load_model
     from fedseg.segmentation.predict import Prediction, predict_files, scans_of
-    from fedseg.segmentation.training import choose_device, set_threads
+    from fedseg.segmentation.training import set_threads
 
     set_threads(None)
     network, plan = load_model(model)
@@ -129,7 +141,7 @@ def predict(
         plan,
         scans,
         out,
-        device=choose_device(device),
+        device=_device(device),
         modality=_modality(modality),
         overwrite=overwrite,
         on_scan=show,
@@ -148,11 +160,11 @@ def evaluate(
     from fedseg.report.table import metric_table
     from fedseg.segmentation.evaluation import evaluate_folder
     from fedseg.segmentation.model_file import load_model
-    from fedseg.segmentation.training import choose_device, set_threads
+    from fedseg.segmentation.training import set_threads
 
     set_threads(None)
     network, plan = load_model(model)
-    result = evaluate_folder(network, plan, directory, device=choose_device(device))
+    result = evaluate_folder(network, plan, directory, device=_device(device))
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
@@ -160,6 +172,15 @@ def evaluate(
         for problem in result.skipped:
             print(f"skipped: {problem}", file=sys.stderr)
     raise typer.Exit(1 if result.skipped else 0)
+
+
+def _device(name: str) -> "torch.device":
+    from fedseg.segmentation.training import choose_device
+    from fedseg.site_config import valid_device
+
+    if not valid_device(name):
+        raise ConfigError(f"--device: got '{name}'; expected auto, cpu, cuda, cuda:N or mps")
+    return choose_device(name)
 
 
 def _modality(name: str) -> Literal["auto", "ct", "mr"]:

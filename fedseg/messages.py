@@ -5,10 +5,12 @@ Server to site: `arrays` (shared floats), `buffers` (integer state, where the ne
 under declared keys), `status` (ok, failed or refused, and a reason code).
 """
 
+import io
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ TRAIN_METRICS = ("cases", "patches", "steps", "loss", "seconds", "skipped")
 """Numbers a site sends about training; about evaluation it sends `metrics.empty_sums`."""
 
 _HEADER_BYTES = 4096
-"""An array travels as .npy; more than this beyond its data is not one of ours."""
+"""An array travels as .npy; its header is far shorter than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Pack tensors as .npy arrays."""
     return ArrayRecord(
         {
-            name: Array(np.ascontiguousarray(tensor.detach().cpu().numpy()))
+            name: Array(np.asarray(tensor.detach().cpu().numpy(), order="C"))
             for name, tensor in state.items()
         }
     )
@@ -158,8 +160,8 @@ def arrays_to_state(
 ) -> dict[str, torch.Tensor]:
     """Unpack arrays after checking that they are just those of `like`.
 
-    Nothing is decoded whose declared size differs from the tensor it is for, so a hostile header
-    can't make this side allocate more than the model.
+    Nothing is decoded that isn't exactly the tensor it is for, so a hostile header can't make this
+    side allocate more than the model.
 
     Raises:
         ValueError: Names, shapes, types or sizes differ.
@@ -169,19 +171,26 @@ def arrays_to_state(
     state = {}
     for name, tensor in like.items():
         array = record[name]
-        wanted = tensor.numel() * tensor.element_size()
-        if (
-            tuple(array.shape) != tuple(tensor.shape)
-            or np.dtype(array.dtype) != np.dtype(str(tensor.dtype).removeprefix("torch."))
-            or array.stype != "numpy.ndarray"
-            or not wanted <= len(array.data) <= wanted + _HEADER_BYTES
-        ):
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        declared = (array.stype, array.dtype, tuple(array.shape))
+        if declared != ("numpy.ndarray", dtype.name, tuple(tensor.shape)):
             raise ValueError("other shapes or types than the model's")
-        values = array.numpy()
-        if values.shape != tuple(tensor.shape):
-            raise ValueError("an array whose header lies")
-        state[name] = torch.from_numpy(np.array(values))
+        state[name] = torch.from_numpy(_decode(array.data, tuple(tensor.shape), dtype))
     return state
+
+
+def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Read a .npy of just this shape and type; `np.load` allocates whatever the header claims."""
+    file = io.BytesIO(data[:_HEADER_BYTES])
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError("another .npy version")
+    header = np.lib.format.read_array_header_1_0(file)
+    if header != (shape, False, dtype):
+        raise ValueError("a header with another shape or type")
+    if len(data) != file.tell() + dtype.itemsize * math.prod(shape):
+        raise ValueError("another number of bytes")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape).copy()
 
 
 def update_fits(

@@ -38,10 +38,17 @@ app = ServerApp()
 
 
 class StudyFailed(AppExitException):
-    """Ends the run as failed with one line; Flower's log would print a traceback otherwise."""
+    """Ends the run as failed, with one line in Flower's log instead of a traceback."""
 
     exit_code = ExitCode.SERVERAPP_EXCEPTION
-    __traceback__ = None
+
+    @property
+    def __traceback__(self) -> None:  # type: ignore[override]
+        """Hide where it came from: the message says all that a user needs."""
+
+    @__traceback__.setter
+    def __traceback__(self, value: object) -> None:
+        """Ignore what context managers set on the way out."""
 
 
 @app.main()

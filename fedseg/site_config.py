@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +13,17 @@ from fedseg.config import Scalar, Section, kebab, readable
 from fedseg.errors import ConfigError, DataError
 from fedseg.registry import did_you_mean
 
-__all__ = ["PolicyConfig", "SiteConfig", "fedseg_home", "load_site_config", "valid_site_name"]
+__all__ = [
+    "PolicyConfig",
+    "SiteConfig",
+    "fedseg_home",
+    "load_site_config",
+    "valid_device",
+    "valid_site_name",
+]
 
 _NAME = re.compile(r"[a-z0-9-]{1,32}")
+_LABEL = {"0": 0, "1": 1, "2": 2}
 _FLOWER_KEYS = {"partition-id", "num-partitions", "site-config"}
 
 
@@ -29,11 +37,18 @@ def valid_site_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def valid_device(name: str) -> bool:
+    """Tell whether a device has a name we know: auto, cpu, cuda, cuda:N or mps."""
+    return re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name) is not None
+
+
 def _regions(value: object) -> object:
-    """Parse `"liver,tumor"`."""
-    if not isinstance(value, str):
+    """Parse `"liver,tumor"` or `["liver", "tumor"]`."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list):
         return value
-    return tuple(part.strip() for part in value.split(","))
+    return tuple(part.strip() if isinstance(part, str) else part for part in value)
 
 
 def _label_map(value: object) -> object:
@@ -44,9 +59,9 @@ def _label_map(value: object) -> object:
     if pairs is None:
         return value
     try:
-        return {int(old): int(new) for old, new in pairs}
-    except ValueError:
-        raise ValueError('pairs of mask value and label, as "3:1,4:2"') from None
+        return {int(old): _LABEL[str(new).strip()] for old, new in pairs}
+    except (ValueError, KeyError):
+        raise ValueError('pairs of mask value and label 0, 1 or 2, as "3:1,4:2"') from None
 
 
 class PolicyConfig(Section):
@@ -89,7 +104,7 @@ class SiteConfig(Section):
     @field_validator("device")
     @classmethod
     def _check_device(cls, device: str) -> str:
-        if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) is None:
+        if not valid_device(device):
             raise ValueError("auto, cpu, cuda, cuda:N or mps")
         return device
 
@@ -123,7 +138,8 @@ def load_site_config(
         ConfigError: A key is unknown, or a value has a wrong type or is impossible.
         DataError: A named `site-config` can't be read.
     """
-    data_dir = folder or (Path(str(node_config["data-dir"])) if "data-dir" in node_config else None)
+    given = node_config.get("data-dir")
+    data_dir = folder or (Path(str(given)).expanduser() if given else None)
     named = node_config.get("site-config")
     merged: dict[str, Any] = {}
     if named:
@@ -135,20 +151,28 @@ def load_site_config(
             continue
         section, _, name = key.rpartition(".")
         target = merged.setdefault(section, {}) if section else merged
+        if not isinstance(target, dict):
+            raise ConfigError(f"{section}: got {target!r}; expected a table [{section}]")
         target[name] = value
     if folder is not None:
         merged["data-dir"] = str(folder)
-    known = {kebab(name) for name in SiteConfig.model_fields}
-    for key in merged:
+    _check_keys(merged, SiteConfig)
+    if isinstance(merged.get("policy"), dict):
+        _check_keys(merged["policy"], PolicyConfig, prefix="policy.")
+    try:
+        return SiteConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(readable(error)) from None
+
+
+def _check_keys(given: Iterable[str], section: type[Section], *, prefix: str = "") -> None:
+    known = {prefix + kebab(name) for name in section.model_fields}
+    for key in (prefix + key for key in given):
         if key not in known:
             raise ConfigError(
                 f"{key}: unknown key of the site config{did_you_mean(key, known)}; expected "
                 f"{', '.join(sorted(known))}"
             )
-    try:
-        return SiteConfig.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(readable(error)) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def cached_case(
             _make(folder, case, plan, modality, label_map)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "disk is full" if full else error.strerror
+            # NumPy's own "N requested and M written" has no errno.
+            reason = "disk is full" if full else error.strerror or str(error)
             raise DataError(
                 f"{cache}: can't write the cache ({reason}); free space or set cache-dir"
             ) from None

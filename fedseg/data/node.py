@@ -72,9 +72,9 @@ def open_site(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
         SiteError: It is neither, its config is wrong, or its folder can't be used.
     """
     try:
-        if "data-dir" in node_config:
+        if node_config.get("data-dir"):
             return _real(node_config)
-        if "site-config" in node_config and load_site_config(node_config).data_dir:
+        if node_config.get("site-config") and load_site_config(node_config).data_dir:
             return _real(node_config)
         if "partition-id" in node_config:
             return _simulated(node_config, study)
@@ -105,12 +105,16 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
 
 
 def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
+    if "num-partitions" not in node_config:
+        raise ConfigError("num-partitions: got nothing; expected it beside partition-id")
     index, sites = int(node_config["partition-id"]), int(node_config["num-partitions"])
     others = {k: v for k, v in node_config.items() if k not in ("partition-id", "num-partitions")}
     folder, wanted = _simulated_folder(index, sites, study)
     config = load_site_config(others, folder=folder)
     listing = find_cases(folder, layout=config.layout)
-    cases = listing.cases if wanted is None else _share(listing.cases, wanted, sites, study)
+    cases = listing.cases
+    if wanted is not None:
+        cases = _share(cases, wanted, sites, study, config.label_map)
     own_folder = study.data.partition == "folders"
     return Site(
         name=config.name if own_folder and config.name else _site_name(folder, index, own_folder),
@@ -180,20 +184,26 @@ def phantom_kinds(study: StudyConfig) -> list[PhantomKind]:
     return [KINDS[name] for name in names]
 
 
-def _share(cases: Sequence[Case], index: int, sites: int, study: StudyConfig) -> tuple[Case, ...]:
+def _share(
+    cases: Sequence[Case],
+    index: int,
+    sites: int,
+    study: StudyConfig,
+    label_map: Mapping[int, int] | None,
+) -> tuple[Case, ...]:
     data = study.data
     loads = [0.0] * len(cases)
     if data.partition == "dirichlet":
-        loads = [_tumor_volume(case) for case in cases]
+        loads = [_tumor_volume(case, label_map) for case in cases]
     shares = partition(
         data.partition, loads, sites=sites, alpha=data.dirichlet_alpha, seed=data.seed
     )
     return tuple(cases[i] for i in shares[index])
 
 
-def _tumor_volume(case: Case) -> float:
+def _tumor_volume(case: Case, label_map: Mapping[int, int] | None) -> float:
     try:
-        mask = read_mask(case.mask)
+        mask = read_mask(case.mask, label_map=label_map)
     except CaseError:
         return 0.0  # whoever gets the case skips and counts it
     return float(np.count_nonzero(mask.array == 2) * np.prod(mask.spacing))

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedseg.config import StudyConfig, readable
 from fedseg.errors import ConfigError
@@ -47,20 +47,36 @@ class Plan(BaseModel):
     width: int = Field(ge=2, le=256)
     depth: int = Field(ge=2, le=7)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> "Plan":
+        low, high = self.mr_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"mr_percentiles: got {low},{high}; expected lower,upper in 0 to 100")
+        if self.ct_window[0] >= self.ct_window[1]:
+            raise ValueError(f"ct_window: got {self.ct_window}; expected lower,upper")
+        return self
+
     @classmethod
     def from_config(cls, config: StudyConfig) -> "Plan":
-        """Fix the plan by the study config."""
+        """Fix the plan by the study config.
+
+        Raises:
+            ConfigError: A size, spacing or range is impossible.
+        """
         train, model = config.train, config.model
-        return cls(
-            spacing=train.spacing,
-            ct_window=train.ct_window,
-            mr_percentiles=train.mr_percentiles,
-            patch_size=train.patch_size,
-            inference_patch=train.inference_patch or train.patch_size,
-            model=model.name,
-            width=model.width,
-            depth=model.depth,
-        )
+        try:
+            return cls(
+                spacing=train.spacing,
+                ct_window=train.ct_window,
+                mr_percentiles=train.mr_percentiles,
+                patch_size=train.patch_size,
+                inference_patch=train.inference_patch or train.patch_size,
+                model=model.name,
+                width=model.width,
+                depth=model.depth,
+            )
+        except ValidationError as error:
+            raise ConfigError(readable(error, prefix="plan.")) from None
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":

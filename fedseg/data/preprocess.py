@@ -90,7 +90,8 @@ def prepare(scan: Volume, plan: Plan, *, modality: Modality = "auto") -> Prepare
         low, high = plan.ct_window
         body = image > _AIR_HU
     else:
-        low, high = np.percentile(image[image > image.min()], plan.mr_percentiles)
+        inside = image[image > image.min()]
+        low, high = np.percentile(inside if inside.size else image, plan.mr_percentiles)
         body = image > low + 0.1 * (high - low)
     box = _largest_box(body, plan.patch_size)
     middle, quarter = (low + high) / 2, max((high - low) / 4, 1e-6)

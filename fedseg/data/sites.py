@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedseg.errors import DataError
+from fedseg.errors import ConfigError, DataError
 from fedseg.registry import resolve
 
 __all__ = ["LAYOUTS", "Case", "Listing", "find_cases", "nifti_stem"]
@@ -99,13 +99,17 @@ def find_cases(root: Path, *, layout: str = "auto") -> Listing:
     """List a site's cases in a fixed order.
 
     Raises:
-        ConfigError: The layout has no function.
+        ConfigError: The layout has no function, or its package isn't installed.
         DataError: The folder is missing, unreadable or has no case.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; correct the path")
     try:
         listing = resolve("layout", layout, LAYOUTS)(root)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"layout: got '{layout}'; package {error.name} isn't installed; install it"
+        ) from None
     except PermissionError:
         raise DataError(f"{root}: no permission to list it; chmod it for this user") from None
     if not isinstance(listing, Listing):

@@ -109,8 +109,12 @@ def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
     header = like.stored.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 0
-    # A scan's description can name a patient; a mask needs none.
+    # A scan's free text and extensions (DICOM headers) can name a patient; a mask needs none.
+    for text in ("aux_file", "intent_name", "db_name"):
+        header[text] = b""
     header["descrip"] = b"fedseg"
+    header["intent_code"] = 0
+    header.extensions.clear()
     image = nib.Nifti1Image(np.ascontiguousarray(stored), None, header)
     image.header.set_slope_inter(1, 0)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -122,12 +126,15 @@ def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
 
 
 def _read(path: Path, dtype: type) -> Volume:
-    if not path.is_file():
-        raise CaseError(path, "no such file", "correct the path")
     try:
+        if not path.is_file():
+            raise CaseError(path, "no such file", "correct the path")
         image = nib.load(path)
         _check_header(path, image)
-        array = np.asarray(image.get_fdata(dtype=dtype, caching="unchanged"))
+        with np.errstate(all="ignore"):  # what overflows is found as Inf
+            array = np.asarray(image.get_fdata(dtype=dtype, caching="unchanged"))
+    except MemoryError:
+        raise CaseError(path, "doesn't fit in memory", "crop the scan") from None
     except ImageFileError:
         raise CaseError(path, "not a NIfTI file", "convert it to .nii or .nii.gz") from None
     except PermissionError:

@@ -1,0 +1,143 @@
+"""Records survive the wire, and hostile ones are turned away before they are decoded."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+from flwr.common.constant import ErrorCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedseg.errors import ConfigError, Reason
+from fedseg.messages import (
+    TRAIN_METRICS,
+    Task,
+    answer_message,
+    arrays_to_state,
+    read_answer,
+    read_greeting,
+    state_to_arrays,
+    update_fits,
+)
+
+LIKE = {"w": torch.zeros(3, 2), "b": torch.zeros(()), "n": torch.zeros(4, dtype=torch.int64)}
+
+
+def message(content: RecordDict | None = None, error: Error | None = None) -> Message:
+    metadata = Metadata(1, "m", 1, 2, "", "", 1.0, 100.0, "train")
+    if error is not None:
+        return make_message(metadata, error=error)
+    return make_message(metadata, content=content or RecordDict())
+
+
+def test_arrays_round_trip_keeps_values_shapes_and_types() -> None:
+    state = {"w": torch.randn(3, 2), "b": torch.tensor(2.5), "n": torch.arange(4)}
+    back = arrays_to_state(state_to_arrays(state), LIKE)
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor)
+        assert back[name].dtype == tensor.dtype
+
+
+def npy(shape: tuple[int, ...], dtype: str, payload: bytes) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue() + payload
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array("float32", (3, 2), "numpy.ndarray", npy((10**6, 10**6), "<f4", b"\0" * 24)),
+        Array("float32", (3, 2), "numpy.ndarray", npy((3, 2), "|O", b"\0" * 24)),
+        Array("float32", (3, 2), "numpy.ndarray", npy((2, 3), "<f4", b"\0" * 24)),
+        Array("float32", (3, 2), "numpy.ndarray", npy((3, 2), "<f8", b"\0" * 48)),
+        Array("float32", (3, 2), "numpy.ndarray", b"\0" * 10**6),
+        Array("float32", (3, 2), "numpy.ndarray", b"\x93NUMPY" + b"\0" * 60),
+        Array("float32", (3, 2), "pickle", b"\0" * 100),
+        Array("float64", (3, 2), "numpy.ndarray", npy((3, 2), "<f8", b"\0" * 48)),
+        Array("nonsense", (3, 2), "numpy.ndarray", npy((3, 2), "<f4", b"\0" * 24)),
+    ],
+    ids=["huge", "object", "shape", "type", "long", "header", "stype", "double", "dtype"],
+)
+def test_a_lying_array_is_a_bad_update(array: Array) -> None:
+    record = state_to_arrays(LIKE)
+    record["w"] = array
+    assert update_fits(record, LIKE) is Reason.BAD_UPDATE
+
+
+def test_other_names_are_a_bad_update() -> None:
+    assert update_fits(state_to_arrays({"w": torch.zeros(3, 2)}), LIKE) is Reason.BAD_UPDATE
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_decoded_or_refused(data: bytes) -> None:
+    record = ArrayRecord({"w": Array("float32", (3, 2), "numpy.ndarray", data)})
+    found = update_fits(record, {"w": torch.zeros(3, 2)})
+    assert isinstance(found, dict | Reason)
+
+
+def test_an_answer_round_trip() -> None:
+    metrics = dict.fromkeys(TRAIN_METRICS, 2.0)
+    sent = answer_message(message(), status="ok", metrics=metrics, update={"w": torch.ones(3)})
+    answer = read_answer(sent, declared=TRAIN_METRICS)
+    assert (answer.status, answer.reason, dict(answer.metrics)) == ("ok", None, metrics)
+    assert answer.update is not None
+    assert answer.bytes_up == len(answer.update["w"].data)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"cases": float("nan")}, {"patient": 1.0}, {"cases": [1.0, 2.0]}, {"loss": float("inf")}],
+)
+def test_undeclared_or_odd_numbers_are_a_bad_update(metrics: dict[str, float]) -> None:
+    content = RecordDict(
+        {
+            "status": ConfigRecord({"status": "ok", "reason": ""}),
+            "metrics": MetricRecord(metrics),
+        }
+    )
+    answer = read_answer(message(content), declared=TRAIN_METRICS)
+    assert (answer.status, answer.reason) == ("failed", Reason.BAD_UPDATE)
+
+
+def test_a_traceback_of_flower_is_not_passed_on() -> None:
+    text = "Traceback: /data/patient-7.nii.gz\nModuleNotFoundError: No module named 'hospital.net'"
+    answer = read_answer(message(error=Error(1, text)), declared=())
+    assert (answer.reason, answer.detail) == (Reason.MODEL_MISSING, "hospital.net")
+    answer = read_answer(message(error=Error(2, "boom /data/patient-7.nii.gz")), declared=())
+    assert (answer.reason, answer.detail) == (Reason.ERROR, "")
+    gone = read_answer(message(error=Error(ErrorCode.NODE_UNAVAILABLE, "x")), declared=())
+    assert gone.reason is Reason.UNREACHABLE
+
+
+def test_a_site_cannot_choose_an_odd_name() -> None:
+    for name in ("../etc", "A", "", "x" * 33, "<b>"):
+        record = ConfigRecord({"name": name, "simulated": False, "sites": 0, "reason": ""})
+        assert read_greeting(message(RecordDict({"site": record}))).name == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"study-run": "../../etc"},
+        {"study-run": 3},
+        {"server-round": -1},
+        {"rounds": "x"},
+        {"proximal-mu": -1.0},
+        {"proximal-mu": float("nan")},
+    ],
+)
+def test_a_hostile_task_is_refused(change: dict[str, object]) -> None:
+    good = Task(study_run="r", config_digest="d", plan="{}", round_number=1, rounds=2)
+    record = good.to_record()
+    assert Task.from_message(message(RecordDict({"config": record}))) == good
+    record.update(change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        Task.from_message(message(RecordDict({"config": record})))
