@@ -43,7 +43,7 @@ class StudyFailed(AppExitException):
     exit_code = ExitCode.SERVERAPP_EXCEPTION
 
     @property
-    def __traceback__(self) -> None:  # type: ignore[override]
+    def __traceback__(self) -> None:
         """Hide where it came from: the message says all that a user needs."""
 
     @__traceback__.setter

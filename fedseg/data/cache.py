@@ -63,16 +63,21 @@ def cached_case(
         DataError: The cache can't be written.
     """
     folder = cache / "cases" / _key(case, plan, modality, label_map)
-    if not folder.is_dir():
+    if folder.is_dir():
         try:
-            _make(folder, case, plan, modality, label_map)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            # NumPy's own "N requested and M written" has no errno.
-            reason = "disk is full" if full else error.strerror or str(error)
-            raise DataError(
-                f"{cache}: can't write the cache ({reason}); free space or set cache-dir"
-            ) from None
+            return _open(folder)
+        except (OSError, EOFError, ValueError, KeyError):
+            # A power cut can leave empty files behind a finished rename.
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        _make(folder, case, plan, modality, label_map)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # NumPy's own "N requested and M written" has no errno.
+        reason = "disk is full" if full else error.strerror or str(error)
+        raise DataError(
+            f"{cache}: can't write the cache ({reason}); free space or set cache-dir"
+        ) from None
     return _open(folder)
 
 

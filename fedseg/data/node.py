@@ -16,10 +16,18 @@ from fedseg.data.phantom import KINDS, UNSEEN, PhantomKind, write_phantom_site
 from fedseg.data.plan import Plan
 from fedseg.data.sites import Case, find_cases
 from fedseg.data.volumes import read_mask
-from fedseg.errors import CaseError, ConfigError, DataError, FedSegError, Reason, SiteError
+from fedseg.errors import CaseError, ConfigError, DataError, Reason, SiteError
 from fedseg.site_config import SiteConfig, fedseg_home, load_site_config
 
-__all__ = ["Site", "SiteCases", "load_cases", "open_site", "phantom_kinds", "server_cases"]
+__all__ = [
+    "Site",
+    "SiteCases",
+    "load_cases",
+    "open_site",
+    "phantom_kinds",
+    "server_cases",
+    "server_groups",
+]
 
 log = logging.getLogger(__name__)
 
@@ -245,32 +253,42 @@ def load_cases(site: Site, plan: Plan, *, validation_fraction: float, seed: int)
     )
 
 
-def server_cases(study: StudyConfig, plan: Plan, *, simulated: bool) -> dict[str, list[CachedCase]]:
+def server_groups(study: StudyConfig, *, simulated: bool) -> dict[str, Sequence[Case]]:
     """Held-out cases of the server: `global`, and `unseen` of a kind that no site has.
 
     Phantoms are used only where all sites are simulated phantoms.
 
     Raises:
-        FedSegError: `data.server-dir` or one of its cases can't be used.
+        DataError: `data.server-dir` can't be used.
     """
     data = study.data
-    cache = fedseg_home() / "cache"
-    groups: dict[str, Sequence[Case]] = {}
     if data.server_dir is not None:
         listing = find_cases(Path(data.server_dir).expanduser())
         if listing.problems:
             raise DataError(f"data.server-dir: {listing.problems[0]}")
-        groups["global"] = listing.cases
-    elif simulated and data.source == "phantom" and data.server_cases:
-        seeds = [data.seed + _SERVER_SEED + i for i in range(data.server_cases)]
-        kinds = list(dict.fromkeys(phantom_kinds(study)))
-        held_out = [(kind, [s + 1000 * n for s in seeds]) for n, kind in enumerate(kinds)]
-        groups["global"] = find_cases(_phantoms("server", held_out)).cases
-        groups["unseen"] = find_cases(_phantoms("unseen", [(UNSEEN, seeds)])).cases
+        return {"global": listing.cases}
+    if not (simulated and data.source == "phantom" and data.server_cases):
+        return {}
+    seeds = [data.seed + _SERVER_SEED + i for i in range(data.server_cases)]
+    kinds = list(dict.fromkeys(phantom_kinds(study)))
+    held_out = [(kind, [s + 1000 * n for s in seeds]) for n, kind in enumerate(kinds)]
+    return {
+        "global": find_cases(_phantoms("server", held_out)).cases,
+        "unseen": find_cases(_phantoms("unseen", [(UNSEEN, seeds)])).cases,
+    }
+
+
+def server_cases(study: StudyConfig, plan: Plan, *, simulated: bool) -> dict[str, list[CachedCase]]:
+    """Preprocess the server's held-out cases; a bad one is an error, not skipped.
+
+    Raises:
+        DataError: `data.server-dir` or one of its cases can't be used.
+    """
+    cache = fedseg_home() / "cache"
     try:
         return {
             name: [cached_case(case, plan, cache) for case in cases]
-            for name, cases in groups.items()
+            for name, cases in server_groups(study, simulated=simulated).items()
         }
-    except FedSegError as error:
+    except CaseError as error:
         raise DataError(f"server's cases: {error}") from None

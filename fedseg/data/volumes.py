@@ -24,6 +24,9 @@ __all__ = ["MAX_VOXELS", "Volume", "read_image", "read_mask", "write_mask"]
 MAX_VOXELS = 2**30
 """A header that claims more is refused before anything is allocated."""
 
+_MAX_EXTENT = 3000.0
+"""mm along an axis; a wrong unit would resample to more voxels than memory holds."""
+
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
@@ -50,7 +53,7 @@ def read_image(path: Path) -> Volume:
     """Read a scan as float32 with every voxel finite.
 
     Raises:
-        CaseError: The file is unreadable, not a 3D volume, or has NaN or Inf.
+        CaseError: The file is unreadable, no 3D volume in mm, or has NaN or Inf.
     """
     volume = _read(path, np.float32)
     bad = int(volume.array.size - np.count_nonzero(np.isfinite(volume.array)))
@@ -84,7 +87,7 @@ def read_mask(
     if odd.size:
         raise CaseError(
             path,
-            f"mask has fractions such as {odd[0]:.3g}, expected whole labels 0, 1, 2",
+            f"mask has fractions such as {odd[0]}, expected whole labels 0, 1, 2",
             "export a label mask, not a probability or a resampled mask",
         )
     allowed = label_map if label_map is not None else {0: 0, 1: 1, 2: 2}
@@ -93,7 +96,7 @@ def read_mask(
         if int(value) not in allowed:
             raise CaseError(
                 path,
-                f"mask has label {int(value)}, expected {', '.join(map(str, sorted(allowed)))}",
+                f"mask has label {value:g}, expected {', '.join(map(str, sorted(allowed)))}",
                 "map it with label-map in site.toml",
             )
     labels = np.zeros(volume.array.shape, np.uint8)
@@ -129,9 +132,9 @@ def _read(path: Path, dtype: type) -> Volume:
     try:
         if not path.is_file():
             raise CaseError(path, "no such file", "correct the path")
-        image = nib.load(path)
-        _check_header(path, image)
         with np.errstate(all="ignore"):  # what overflows is found as Inf
+            image = nib.load(path)
+            _check_header(path, image)
             array = np.asarray(image.get_fdata(dtype=dtype, caching="unchanged"))
     except MemoryError:
         raise CaseError(path, "doesn't fit in memory", "crop the scan") from None
@@ -141,7 +144,7 @@ def _read(path: Path, dtype: type) -> Volume:
         raise CaseError(
             path, "no permission to read it", "chmod it for the SuperNode's user"
         ) from None
-    except (OSError, EOFError, zlib.error, HeaderDataError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, HeaderDataError, ArithmeticError, ValueError) as error:
         raise CaseError(
             path, f"damaged or truncated ({type(error).__name__})", "copy or export it again"
         ) from None
@@ -169,7 +172,9 @@ def _check_header(path: Path, image: Any) -> None:
         )
     if min(shape) < 2:
         raise CaseError(
-            path, f"shape {shape} is a single slice, expected at least 2", "export the whole scan"
+            path,
+            f"shape {shape} is no volume, expected 2 voxels or more along each axis",
+            "export the whole scan",
         )
     if np.prod([int(n) for n in shape], dtype=object) > MAX_VOXELS:
         raise CaseError(path, f"shape {shape} is over {MAX_VOXELS} voxels", "crop the scan")
@@ -177,9 +182,26 @@ def _check_header(path: Path, image: Any) -> None:
         raise CaseError(
             path, f"voxels of type {image.get_data_dtype()}, expected numbers", "export it again"
         )
-    affine = np.asarray(image.affine)
-    if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise CaseError(path, "affine is singular or not finite", "export it with its geometry")
+    _check_affine(path, shape, np.asarray(image.affine, np.float64))
+
+
+def _check_affine(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    directions = affine[:3, :3] / np.where(sizes > 0, sizes, 1)
+    finite = np.all(np.isfinite(affine)) and np.all(np.isfinite(directions))
+    if not finite or abs(np.linalg.det(directions)) < 1e-3:
+        raise CaseError(
+            path,
+            "affine is singular or not finite, expected three directions",
+            "export it with its geometry",
+        )
+    extent = sizes * shape
+    if extent.min() < 1 or extent.max() > _MAX_EXTENT:
+        raise CaseError(
+            path,
+            f"covers {' x '.join(f'{mm:.3g}' for mm in extent)} mm, expected 1 to {_MAX_EXTENT:g}",
+            "correct its voxel size: it must be in mm",
+        )
 
 
 def _check_grid(path: Path, mask: Volume, image: Volume) -> None:

@@ -1,0 +1,207 @@
+"""The training loop: seeded, clipped, scheduled over the whole run."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedseg.config import StudyConfig, TrainConfig
+from fedseg.data.plan import Plan
+from fedseg.errors import ConfigError
+from fedseg.segmentation.losses import dice_ce
+from fedseg.segmentation.models import build_model
+from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
+from fedseg.segmentation.training import (
+    choose_device,
+    choose_dtype,
+    fit,
+    learning_rate,
+    make_optimizer,
+    steps_in_round,
+)
+
+CONFIG = {"model.width": 4, "model.depth": 2, "train.patch-size": "8,8,8"}
+
+
+def network(seed: int = 0) -> nn.Module:
+    return build_model(Plan.from_config(StudyConfig.from_run_config(CONFIG)), seed=seed)
+
+
+def data(steps: int, seed: int = 0, batch: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(batch, 1, 8, 8, 8, generator=rng),
+            torch.randint(0, 3, (batch, 8, 8, 8), generator=rng),
+        )
+        for _ in range(steps)
+    ]
+
+
+def train(config: TrainConfig, steps: int = 3, seed: int = 0, **options: float) -> nn.Module:
+    model = network(seed)
+    fit(model, data(steps), dice_ce, config, steps=steps, round_number=1, rounds=1, **options)
+    return model
+
+
+def far(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return math.sqrt(sum(float(((p - q) ** 2).sum()) for p, q in pairs))
+
+
+def test_the_same_data_gives_the_same_bits() -> None:
+    first, again = train(TrainConfig()), train(TrainConfig())
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_it_learns_one_patch_by_heart(optimizer: str, precision: str) -> None:
+    config = TrainConfig(
+        optimizer=optimizer, learning_rate=0.02, schedule="constant", precision=precision
+    )
+    image = torch.zeros(2, 1, 8, 8, 8)
+    labels = torch.zeros(2, 8, 8, 8, dtype=torch.int64)
+    image[:, :, 2:6, 2:6, 2:6], labels[:, 2:6, 2:6, 2:6] = 1, 1
+    image[:, :, 3:5, 3:5, 3:5], labels[:, 3:5, 3:5, 3:5] = -1, 2
+    model = network()
+    losses: list[float] = []
+    fit(
+        model,
+        [(image, labels)] * 60,
+        dice_ce,
+        config,
+        steps=60,
+        round_number=1,
+        rounds=1,
+        on_step=lambda step, steps, loss: losses.append(loss),
+    )
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_the_gradient_norm_is_clipped() -> None:
+    options = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    start = network()
+    free = train(TrainConfig(**options, learning_rate=1.0, max_grad_norm=0), steps=1)
+    clipped = train(TrainConfig(**options, learning_rate=1.0, max_grad_norm=0.01), steps=1)
+    assert far(start, free) > 0.02
+    assert far(start, clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_proximal_term_is_the_squared_distance() -> None:
+    """Two SGD steps by hand: the second gradient has mu times the way of the first."""
+    options = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    config = TrainConfig(**options, learning_rate=0.1, max_grad_norm=0, precision="fp32")
+    mu = 3.0
+    found = train(config, steps=2, proximal_mu=mu)
+
+    model = network().train()
+    start = [p.detach().clone() for p in model.parameters()]
+    for image, labels in data(2):
+        model.zero_grad()
+        dice_ce(model(image), labels, ("liver", "tumor")).backward()
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), start, strict=True):
+                assert p.grad is not None
+                p -= 0.1 * (p.grad + mu * (p - q))
+    assert far(found, model) < 1e-6
+    assert far(found, train(config, steps=2)) > 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
+def test_the_schedule_spans_the_whole_run(schedule: str) -> None:
+    config = TrainConfig(schedule=schedule, learning_rate=0.1)
+    rates = [learning_rate(config, p) for p in np.linspace(0, 1, 21)]
+    assert rates[0] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert rates[-1] == pytest.approx(0.1 if schedule == "constant" else 0.001)
+    if schedule == "cosine":
+        assert rates[10] == pytest.approx(0.05)
+    if schedule == "poly":
+        assert rates[10] == pytest.approx(0.1 * 0.5**0.9)
+
+
+def test_warmup_rises_then_the_schedule_starts() -> None:
+    config = TrainConfig(schedule="cosine", learning_rate=0.1, warmup=0.2)
+    assert learning_rate(config, 0.0) == pytest.approx(0.01)
+    assert learning_rate(config, 0.1) < learning_rate(config, 0.2) == pytest.approx(0.1)
+
+
+def test_round_two_goes_on_where_round_one_ended() -> None:
+    """Rates of 2 rounds x 2 steps are those of 1 round x 4 steps."""
+
+    class Rates(torch.optim.SGD):
+        seen: list[float]
+
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            self.seen.append(self.param_groups[0]["lr"])
+
+    def rates(rounds: int, steps: int) -> list[float]:
+        seen: list[float] = []
+        for number in range(1, rounds + 1):
+            model = network()
+            optimizer = Rates(model.parameters(), lr=1.0)
+            optimizer.seen = seen
+            fit(
+                model,
+                data(steps),
+                dice_ce,
+                TrainConfig(),
+                steps=steps,
+                round_number=number,
+                rounds=rounds,
+                optimizer=optimizer,
+            )
+        return seen
+
+    assert rates(2, 2) == pytest.approx(rates(1, 4))
+
+
+def test_steps_in_a_round() -> None:
+    assert steps_in_round(TrainConfig(patches_per_case=4, batch_size=2), 5) == 10
+    assert steps_in_round(TrainConfig(patches_per_case=1, batch_size=2), 5) == 3
+    assert steps_in_round(TrainConfig(steps_per_epoch=7, local_epochs=3), 5) == 21
+
+
+def test_moments_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    config = TrainConfig(schedule="constant")
+    together = network()
+    optimizer = make_optimizer(together, config)
+    for part in (data(2, seed=1), data(2, seed=2)):
+        fit(together, part, dice_ce, config, steps=2, round_number=1, rounds=1, optimizer=optimizer)
+
+    apart = network()
+    for number, part in enumerate((data(2, seed=1), data(2, seed=2)), 1):
+        optimizer = make_optimizer(apart, config)
+        restored = load_optimizer(optimizer, tmp_path / f"round-{number - 1}")
+        assert restored == (number == 2)
+        fit(apart, part, dice_ce, config, steps=2, round_number=1, rounds=1, optimizer=optimizer)
+        save_optimizer(optimizer, tmp_path / f"round-{number}")
+    assert all(
+        torch.equal(a, b) for a, b in zip(together.parameters(), apart.parameters(), strict=True)
+    )
+    for number in range(3, 6):
+        save_optimizer(optimizer, tmp_path / f"round-{number}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-4", "round-5"]
+
+
+def test_a_damaged_state_starts_anew(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "round-1").mkdir()
+    (tmp_path / "round-1" / "optimizer.safetensors").write_bytes(b"broken")
+    model = network()
+    assert load_optimizer(make_optimizer(model, TrainConfig()), tmp_path / "round-1") is False
+
+
+def test_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ConfigError, match="device: got 'cuda:1'; this machine has none"):
+        choose_device("cuda:1")
+    assert choose_device("auto").type in ("cpu", "mps")
+    assert choose_dtype("fp32", torch.device("cpu")) is torch.float32
+    assert choose_dtype("bf16", torch.device("cpu")) is torch.bfloat16
