@@ -72,6 +72,9 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
         except FedSegError as error:
             reason = Reason.MODEL if isinstance(error, ModelError) else Reason.DATA
             log.error("%s", error)
+        except ModuleNotFoundError as error:
+            reason = Reason.MODEL_MISSING
+            log.error("package %s isn't installed", error.name)
         except (torch.OutOfMemoryError, MemoryError):
             reason = Reason.OUT_OF_MEMORY
             log.error("out of memory")
@@ -89,8 +92,8 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
 @app.query("hello")
 @answered
 def hello(message: Message, context: Context, study: StudyConfig) -> Message:
-    """Say who this site is; cases are only listed, not read."""
-    site = open_site(context.node_config, study)
+    """Say who this site is; phantoms aren't made yet, so that a study starts at once."""
+    site = open_site(context.node_config, study, make_phantoms=False)
     greeting = Greeting(name=site.name, simulated=site.simulated, sites=site.sites)
     return greeting_message(message, greeting)
 
@@ -208,10 +211,7 @@ def _device(site: Site) -> torch.device:
 @functools.lru_cache(maxsize=1)
 def _built(plan_json: str, device: str) -> nn.Module:
     """Build once a process: simulated sites share long-lived workers."""
-    try:
-        network = build_model(Plan.from_json(plan_json))
-    except ModuleNotFoundError as error:
-        raise SiteError(Reason.MODEL_MISSING, f"package {error.name} isn't installed") from None
+    network = build_model(Plan.from_json(plan_json))
     placed: nn.Module = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return placed
 

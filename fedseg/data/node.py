@@ -71,10 +71,17 @@ class SiteCases:
     skipped: int
 
 
-def open_site(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
+def open_site(
+    node_config: Mapping[str, Scalar], study: StudyConfig, *, make_phantoms: bool = True
+) -> Site:
     """Decide which site this node is and list its cases.
 
     A node with `data-dir` is real and ignores `data.*`; one with `partition-id` alone is simulated.
+
+    Args:
+        node_config: Flower's node-config.
+        study: The study config.
+        make_phantoms: Whether a site of phantoms writes them; without, it lists no case.
 
     Raises:
         SiteError: It is neither, its config is wrong, or its folder can't be used.
@@ -85,7 +92,7 @@ def open_site(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
         if node_config.get("site-config") and load_site_config(node_config).data_dir:
             return _real(node_config)
         if "partition-id" in node_config:
-            return _simulated(node_config, study)
+            return _simulated(node_config, study, make_phantoms)
     except ConfigError as error:
         raise SiteError(Reason.SITE_CONFIG, str(error)) from None
     except DataError as error:
@@ -112,11 +119,16 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
     )
 
 
-def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig) -> Site:
+def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phantoms: bool) -> Site:
     if "num-partitions" not in node_config:
         raise ConfigError("num-partitions: got nothing; expected it beside partition-id")
     index, sites = int(node_config["partition-id"]), int(node_config["num-partitions"])
     others = {k: v for k, v in node_config.items() if k not in ("partition-id", "num-partitions")}
+    if study.data.source == "phantom" and not make_phantoms:
+        config = load_site_config(others)
+        return Site(
+            name=f"site-{index}", simulated=True, sites=sites, config=config, cases=(), unpaired=0
+        )
     folder, wanted = _simulated_folder(index, sites, study)
     config = load_site_config(others, folder=folder)
     listing = find_cases(folder, layout=config.layout)

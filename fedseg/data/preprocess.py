@@ -1,5 +1,6 @@
 """Turn a scan into network input by the plan, and network output back into the scan's own grid."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from scipy import ndimage
 
 from fedseg.data.plan import Plan
 from fedseg.data.resample import grid_shape, resample, resample_labels, upsample_argmax
-from fedseg.data.volumes import Volume
+from fedseg.data.volumes import MAX_VOXELS, Volume
 from fedseg.errors import CaseError
 
 __all__ = [
@@ -82,8 +83,18 @@ def modality_of(image: np.ndarray, modality: Modality) -> Literal["ct", "mr"]:
 
 
 def prepare(scan: Volume, plan: Plan, *, modality: Modality = "auto") -> Prepared:
-    """Resample, crop to the body and normalise; a scan without body is taken whole."""
+    """Resample, crop to the body and normalise; a scan without body is taken whole.
+
+    Raises:
+        CaseError: The plan's spacing would make it too large.
+    """
     grid = grid_shape(scan.array.shape, scan.spacing, plan.spacing)
+    if math.prod(grid) > MAX_VOXELS:
+        raise CaseError(
+            "scan",
+            f"{grid} voxels at the plan's {plan.spacing} mm, expected at most {MAX_VOXELS}",
+            "leave it out, or ask the study for a larger train.spacing",
+        )
     image = resample(torch.from_numpy(scan.array), grid).numpy()
     kind = modality_of(scan.array, modality)
     if kind == "ct":

@@ -1,5 +1,6 @@
 """Read and write NIfTI volumes, always handing out RAS axis order and checked contents."""
 
+import gzip
 import os
 import zlib
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def read_mask(
     if odd.size:
         raise CaseError(
             path,
-            f"mask has fractions such as {odd[0]}, expected whole labels 0, 1, 2",
+            f"mask has fractions such as {odd[0]!s}, expected whole labels 0, 1, 2",
             "export a label mask, not a probability or a resampled mask",
         )
     allowed = label_map if label_map is not None else {0: 0, 1: 1, 2: 2}
@@ -135,11 +136,13 @@ def _read(path: Path, dtype: type) -> Volume:
         with np.errstate(all="ignore"):  # what overflows is found as Inf
             image = nib.load(path)
             _check_header(path, image)
-            array = np.asarray(image.get_fdata(dtype=dtype, caching="unchanged"))
+            array = _voxels(path, image, dtype)
     except MemoryError:
         raise CaseError(path, "doesn't fit in memory", "crop the scan") from None
     except ImageFileError:
-        raise CaseError(path, "not a NIfTI file", "convert it to .nii or .nii.gz") from None
+        raise CaseError(
+            path, "not a NIfTI file, or damaged", "export it again as .nii or .nii.gz"
+        ) from None
     except PermissionError:
         raise CaseError(
             path, "no permission to read it", "chmod it for the SuperNode's user"
@@ -160,6 +163,28 @@ def _read(path: Path, dtype: type) -> Volume:
         stored_shape=tuple(image.shape),
         stored_affine=affine,
     )
+
+
+def _voxels(path: Path, image: Any, dtype: type) -> np.ndarray:
+    """Read the voxels; memory is taken for what the file holds, not for what its header claims."""
+    voxels = int(np.prod([int(n) for n in image.shape], dtype=object))
+    needed = int(image.dataobj.offset) + voxels * image.get_data_dtype().itemsize
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            content = file.read(needed)
+            file.read(2**20)  # to the end, where the checksum is; nibabel stops before it
+        got = len(content)
+    else:
+        content, got = b"", path.stat().st_size
+    if got < needed:
+        raise CaseError(
+            path,
+            f"damaged or truncated: {got} bytes, expected {needed} for shape {image.shape}",
+            "copy or export it again",
+        )
+    if content:
+        image = image.from_bytes(content)
+    return np.asarray(image.get_fdata(dtype=dtype, caching="unchanged"))
 
 
 def _check_header(path: Path, image: Any) -> None:

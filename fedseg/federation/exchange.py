@@ -35,7 +35,7 @@ class Arrival:
 
 
 def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) -> Iterator[Arrival]:
-    """Push all messages, then yield one arrival a site; late ones last.
+    """Push all messages at once; yield one arrival a site, late ones last.
 
     Args:
         grid: Flower's grid.
@@ -44,7 +44,12 @@ def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) ->
     """
     began = time.monotonic()
     ids = list(grid.push_messages(list(messages.values())))
-    open_ids = dict(zip(messages, ids, strict=True))
+    return _arrivals(grid, dict(zip(messages, ids, strict=True)), began, deadline)
+
+
+def _arrivals(
+    grid: Grid, open_ids: dict[str, str], began: float, deadline: float
+) -> Iterator[Arrival]:
     pause, longest = _POLL_SECONDS
     while open_ids:
         arrived = 0

@@ -215,8 +215,9 @@ def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -
     """Score the moved model at the sites and, meanwhile, at the server."""
     messages = _messages(federation, _task(federation, number), "evaluate")
     deadline = federation.study.federation.round_deadline
-    parts = []
     arrivals = exchange(federation.grid, messages, deadline=deadline)
+    line.update(federation.evaluate(federation.network))
+    parts = []
     for arrival in arrivals:
         answer = Answer(status="late", reason=Reason.DEADLINE)
         if arrival.message is not None:
@@ -229,7 +230,6 @@ def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -
             name, reason = arrival.site, answer.reason or Reason.ERROR
             log.warning("round %d: %s gave no metrics: %s", number, name, REASONS[reason])
     line["federated"] = summarise(add(sums for _, sums in sorted(parts)))
-    line.update(federation.evaluate(federation.network))
 
 
 def _score(line: Mapping[str, Any]) -> float | None:

@@ -1,5 +1,6 @@
 """The run folder: what a study run leaves, as files a person can open."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -82,9 +83,19 @@ class RunFolder:
                 "python": platform.python_version(),
                 "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
                 "git_commit": _git_commit(),
+                "code_sha256": _code_digest(),
             }
         self._manifest.update(entries)
         self.write_json("manifest.json", self._manifest)
+
+
+def _code_digest() -> str:
+    """SHA-256 over the package's own files: also tells versions apart outside a checkout."""
+    root = Path(fedseg.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git_commit() -> str | None:

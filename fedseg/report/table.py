@@ -23,7 +23,21 @@ def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = 120
         columns: Name of a set of cases to its summary (see `metrics.summarise`).
         width: Characters.
     """
-    table = Table(title=title, title_justify="left")
+    text = io.StringIO()
+    names = list(columns)
+    for start in range(0, max(len(names), 1), _SIDE_BY_SIDE):
+        shown = {name: columns[name] for name in names[start : start + _SIDE_BY_SIDE]}
+        table = _table(title if start == 0 else "", shown)
+        Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+_SIDE_BY_SIDE = 8
+"""Columns that fit beside each other; a federation of more sites gets another table below."""
+
+
+def _table(title: str, columns: Mapping[str, Summary]) -> Table:
+    table = Table(title=title or None, title_justify="left")
     table.add_column("region")
     table.add_column("metric")
     for name in columns:
@@ -34,9 +48,7 @@ def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = 120
             table.add_row(region, metric.replace("_", " "), *cells)
         table.add_section()
     table.add_row("", "cases", *[str(summary.get("cases", 0)) for summary in columns.values()])
-    text = io.StringIO()
-    Console(file=text, width=width).print(table)
-    return text.getvalue()
+    return table
 
 
 def _cell(summary: Summary, key: str) -> str:
