@@ -183,7 +183,7 @@ def _accept(message: Message, context: Context, study: StudyConfig) -> tuple[Tas
     plan = Plan.from_json(task.plan)
     site = open_site(context.node_config, study)
     custom = [name for name in (plan.model, study.train.loss) if is_custom(name)]
-    if custom and not (site.simulated or site.config.policy.allow_custom_code):
+    if custom and not site.config.policy.allow_custom_code:
         raise SiteError(Reason.POLICY_CUSTOM_CODE)
     set_threads(site.config.threads)
     return task, plan, site

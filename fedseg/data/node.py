@@ -17,7 +17,7 @@ from fedseg.data.plan import Plan
 from fedseg.data.sites import Case, find_cases
 from fedseg.data.volumes import read_mask
 from fedseg.errors import CaseError, ConfigError, DataError, Reason, SiteError
-from fedseg.site_config import SiteConfig, fedseg_home, load_site_config
+from fedseg.site_config import PolicyConfig, SiteConfig, fedseg_home, load_site_config
 
 __all__ = [
     "Site",
@@ -131,11 +131,14 @@ def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phant
         )
     folder, wanted = _simulated_folder(index, sites, study)
     config = load_site_config(others, folder=folder)
+    own_folder = study.data.partition == "folders"
+    if not own_folder:  # a share of the researcher's own data has no policy of its own
+        policy = PolicyConfig(allow_custom_code=True)
+        config = config.model_copy(update={"policy": policy})
     listing = find_cases(folder, layout=config.layout)
     cases = listing.cases
     if wanted is not None:
         cases = _share(cases, wanted, sites, study, config.label_map)
-    own_folder = study.data.partition == "folders"
     return Site(
         name=config.name if own_folder and config.name else _site_name(folder, index, own_folder),
         simulated=True,

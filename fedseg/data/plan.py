@@ -51,9 +51,11 @@ class Plan(BaseModel):
     def _in_order(self) -> "Plan":
         low, high = self.mr_percentiles
         if not 0 <= low < high <= 100:
-            raise ValueError(f"mr_percentiles: got {low},{high}; expected lower,upper in 0 to 100")
+            raise ValueError(
+                f"plan.mr_percentiles: got {low},{high}; expected lower,upper in 0 to 100"
+            )
         if self.ct_window[0] >= self.ct_window[1]:
-            raise ValueError(f"ct_window: got {self.ct_window}; expected lower,upper")
+            raise ValueError(f"plan.ct_window: got {self.ct_window}; expected lower,upper")
         return self
 
     @classmethod

@@ -1,6 +1,7 @@
 """The rounds: send weights, collect updates, average, evaluate, write down."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -109,8 +110,8 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
 
 
 def _line(line: dict[str, Any], *, seconds: float) -> dict[str, Any]:
-    line = {"global": {}, "bytes_up": 0, "bytes_down": 0, "privacy": None, **line}
-    return {**line, "seconds": round(seconds, 3)}
+    defaults = {"global": {}, "bytes_up": 0, "bytes_down": 0, "privacy": None}
+    return {"round": line["round"], **defaults, **line, "seconds": round(seconds, 3)}
 
 
 def _messages(federation: Federation, config: ConfigRecord, kind: str) -> dict[str, Message]:
@@ -166,6 +167,7 @@ def _train_round(federation: Federation, number: int) -> dict[str, Any]:
             f"round {number}: got {len(paths)} good updates; expected at least {wanted} "
             f"(federation.min-sites); {reasons}"
         )
+    _check_weights(weights, federation.study.federation.weighting)
     mean = weighted_mean(paths, weights)
     template = next(iter(messages.values()))
     moved = next_state(federation.strategy, number, before, mean, template)
@@ -178,6 +180,18 @@ def _train_round(federation: Federation, number: int) -> dict[str, Any]:
         "bytes_up": sum(site["bytes_up"] for site in sites.values()),
         "bytes_down": down,
     }
+
+
+def _check_weights(weights: Mapping[str, float], name: str) -> None:
+    for site, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise StudyError(
+                f"federation.weighting: '{name}' gave {site} {weight}; expected at least 0"
+            )
+    if not sum(weights.values()) > 0:
+        raise StudyError(
+            f"federation.weighting: '{name}' gave every site weight 0; expected one above 0"
+        )
 
 
 def _judged(

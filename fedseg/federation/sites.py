@@ -9,7 +9,6 @@ from flwr.serverapp import Grid
 
 from fedseg.config import StudyConfig
 from fedseg.errors import REASONS, StudyError
-from fedseg.federation.exchange import exchange
 from fedseg.messages import Greeting, read_greeting
 from fedseg.site_config import valid_site_name
 
@@ -17,7 +16,10 @@ __all__ = ["KnownSite", "find_sites"]
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.3
+
+_GRACE_SECONDS = 20.0
+"""Connected nodes have this long to answer before a study starts without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,32 +48,37 @@ def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
     Raises:
         StudyError: Too few sites came, or two have one name.
     """
-    federation = study.federation
-    end = time.monotonic() + federation.connect_deadline
+    began = time.monotonic()
+    end = began + study.federation.connect_deadline
     greeted: dict[int, Greeting] = {}
     registered: dict[int, str] = {}
+    asked: dict[str, int] = {}
     said = -1
     while True:
-        nodes = {node.node_id: str(node.name) for node in grid.get_nodes()}
-        registered.update(nodes)
-        new = [node for node in sorted(nodes) if node not in greeted]
-        messages = {
-            str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new
-        }
-        left = end - time.monotonic()
-        for arrival in exchange(grid, messages, deadline=max(left, 1.0)):
-            if arrival.message is not None:
-                greeted[int(arrival.site)] = read_greeting(arrival.message)
+        _ask_new_nodes(grid, asked, registered)
+        for message_id, node in list(asked.items()):
+            for reply in grid.pull_messages([message_id]) if node not in greeted else ():
+                greeted[node] = read_greeting(reply)
         sites = _named(greeted, registered)
-        if _complete(sites, greeted, study):
+        heard_all = len(greeted) == len(asked) or time.monotonic() > began + _GRACE_SECONDS
+        if (heard_all and _complete(sites, greeted, study)) or time.monotonic() > end:
             break
         if len(sites) != said:
             log.info("waiting for sites: %d there", said := len(sites))
-        if time.monotonic() > end:
-            break
         time.sleep(_POLL_SECONDS)
     _say_who_cannot(greeted, registered)
-    return _chosen(sites, study, federation.connect_deadline)
+    return _chosen(sites, study, study.federation.connect_deadline)
+
+
+def _ask_new_nodes(grid: Grid, asked: dict[str, int], registered: dict[int, str]) -> None:
+    """Greet nodes that weren't there before; a dead one's silence holds up nobody."""
+    for node in grid.get_nodes():
+        registered[node.node_id] = str(node.name)
+        if node.node_id not in asked.values():
+            hello = Message(RecordDict(), dst_node_id=node.node_id, message_type="query.hello")
+            for message_id in grid.push_messages([hello]):
+                if message_id:
+                    asked[message_id] = node.node_id
 
 
 def _named(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[KnownSite]:

@@ -65,5 +65,7 @@ def result_table(history: Sequence[Mapping[str, Any]]) -> str:
             columns[scope] = last[scope]
     for name, site in last["sites"].items():
         columns[name] = site.get("metrics") or {}
-    title = f"Round {last['round']}: mean over cases (global: held out at the server)"
+    title = f"Round {last['round']}: mean over cases"
+    if "global" in columns:
+        title += " (global: held out at the server)"
     return metric_table(title, columns)

@@ -220,6 +220,11 @@ BAD_SCANS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "30000 cubed": ("a.nii", _holding(lambda f: _claim(f, 30000)), "voxels"),
     "30000 cubed gz": ("a.nii.gz", _holding(lambda f: gzip.compress(_claim(f, 30000))), "voxels"),
     "900 cubed of a small file": ("a.nii", _holding(lambda f: _claim(f, 900)), "damaged"),
+    "900 cubed of a small gz": (
+        "a.nii.gz",
+        _holding(lambda f: gzip.compress(_claim(f, 900))),
+        "damaged or truncated: 1352 bytes",
+    ),
     "2D": ("a.nii", lambda path: save(path, np.zeros((8, 8), np.int16)), "2D.*expected one 3D"),
     "4D": ("a.nii", lambda path: save(path, np.zeros((4, 4, 4, 3), np.int16)), "4D.*one 3D"),
     "one slice": (

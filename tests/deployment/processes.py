@@ -99,13 +99,28 @@ def _still_there(rows: list[Row]) -> list[Row]:
     return [row for row in rows if now.get(row.pid) == row.args]
 
 
-def stop_tree(pid: int, *, gently: bool = True, seconds: float = 20) -> None:
-    """End a process and what it started; by force where they don't go."""
+def stop_tree(
+    pid: int,
+    *,
+    gently: bool = True,
+    reap: Callable[[], object] = lambda: None,
+    seconds: float = 20,
+) -> None:
+    """End a process and what it started; by force where they don't go.
+
+    Args:
+        pid: The process.
+        gently: Ask with SIGTERM first.
+        reap: Takes note of its end, where it is our child: a SuperExec goes when its parent has
+            gone, and as long as nobody asks after it, it hasn't.
+        seconds: How long to wait before force.
+    """
     rows = tree(pid)
     if gently and any(row.pid == pid for row in rows):
         os.kill(pid, signal.SIGTERM)
         end = time.monotonic() + seconds
         while _still_there(rows) and time.monotonic() < end:
+            reap()
             time.sleep(0.1)
     for row in _still_there(rows):
         try:
@@ -380,7 +395,7 @@ class Workplace:
         """Stop all that was started, newest first."""
         for process in reversed(self.processes):
             if process.popen.poll() is None:
-                stop_tree(process.popen.pid)
+                stop_tree(process.popen.pid, reap=process.popen.poll)
             process.popen.wait(30)
         local = self.local_superlink()
         if local is not None:
