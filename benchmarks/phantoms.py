@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from fedseg.config import StudyConfig
-from fedseg.data.node import server_groups
+from fedseg.data.held_out import server_groups
 from fedseg.data.sites import Case
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.segmentation.metrics import score
@@ -122,7 +122,7 @@ def main() -> None:
         number = 4 if arguments.long else StudyConfig().data.server_cases
         study = StudyConfig.from_run_config({"data.server-cases": number})
         groups = server_groups(study, simulated=True)
-        thresholds = {name: threshold_dice(list(cases)) for name, cases in groups.items()}
+        thresholds = {name: threshold_dice(list(cases)) for name, (cases, _) in groups.items()}
     first = next(line for line in history[1:] if line["global"])
     last = history[-1]
     rows = [

@@ -28,6 +28,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 ModelFile = Annotated[Path, typer.Option("--model", help="A model-best.safetensors of a run.")]
+CustomCode = Annotated[
+    bool,
+    typer.Option("--allow-custom-code", help="Import the network a model file names as its own."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 ModalityName = Annotated[str, typer.Option(help="auto, ct or mr.")]
 
@@ -47,6 +51,11 @@ def main() -> None:
         if debug:
             raise
         print(f"fedseg: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"fedseg: {error.filename}: {error.strerror}; mend it and run again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -70,7 +79,7 @@ def phantom(
     kinds: Annotated[str, typer.Option(help="Kinds, one a site in turn; empty: all.")] = "",
 ) -> None:
     """Write phantom sites: synthetic CT with liver and tumour masks, each site its own kind."""
-    from fedseg.data.phantom import KINDS, write_phantom_site
+    from fedseg.data.phantom import KINDS, phantom_seeds, write_phantom_site
 
     names = [name.strip() for name in kinds.split(",")] if kinds else list(KINDS)
     for name in names:
@@ -78,7 +87,7 @@ def phantom(
             raise ConfigError(f"--kinds: got '{name}'; expected some of {', '.join(KINDS)}")
     for site in range(sites):
         kind = KINDS[names[site % len(names)]]
-        seeds = [seed + 1000 * site + case for case in range(cases)]
+        seeds = phantom_seeds(seed, site, cases)
         try:
             write_phantom_site(out / f"site-{site}", kind, seeds, name=f"site-{site}")
         except OSError as error:
@@ -97,8 +106,6 @@ def check(
     from fedseg.data.check import check_folder
     from fedseg.site_config import load_site_config
 
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: no such folder; correct the path")
     site = load_site_config({}, folder=directory)
     report = check_folder(directory, layout=site.layout, label_map=site.label_map)
     if as_json:
@@ -118,6 +125,7 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the masks.")],
     device: Device = "auto",
     modality: ModalityName = "auto",
+    custom: CustomCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks.")] = False,
 ) -> None:
     """Write a mask (1 liver, 2 tumor) for each scan, on the scan's own grid."""
@@ -126,7 +134,7 @@ def predict(
     from fedseg.segmentation.training import set_threads
 
     set_threads(None)
-    network, plan = load_model(model)
+    network, plan = load_model(model, allow_custom_code=custom)
     scans = scans_of(images)
 
     def show(result: Prediction) -> None:
@@ -154,6 +162,7 @@ def evaluate(
     directory: Annotated[Path, typer.Argument(help="A site's folder.")],
     model: ModelFile,
     device: Device = "auto",
+    custom: CustomCode = False,
     as_json: Json = False,
 ) -> None:
     """Score a model on a folder's cases, in each scan's own grid."""
@@ -163,7 +172,7 @@ def evaluate(
     from fedseg.segmentation.training import set_threads
 
     set_threads(None)
-    network, plan = load_model(model)
+    network, plan = load_model(model, allow_custom_code=custom)
     result = evaluate_folder(network, plan, directory, device=_device(device))
     if as_json:
         print(json.dumps(result.to_json(), indent=2))

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedseg.config import StudyConfig
-from fedseg.data.node import Site, SiteCases, load_cases, open_site
+from fedseg.data.node import Site, SiteCases, load_cases, open_site, own_name
 from fedseg.data.patches import batches
 from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, ModelError, Reason, SiteError
@@ -43,6 +43,8 @@ from fedseg.segmentation.training import (
     set_threads,
     steps_in_round,
 )
+
+__all__ = ["app"]
 
 log = logging.getLogger("fedseg.site")
 
@@ -83,10 +85,22 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
             log.exception("a task failed")
         status = "refused" if reason.refused else "failed"
         if message.metadata.message_type.startswith("query"):
-            return greeting_message(message, Greeting(reason=reason))
+            return greeting_message(message, _apology(context, reason))
         return answer_message(message, status=status, reason=reason)
 
     return handler
+
+
+def _apology(context: Context, reason: Reason) -> Greeting:
+    """Say hello all the same, so that people see which site can't take part."""
+    node = context.node_config
+    simulated = "data-dir" not in node and "num-partitions" in node
+    return Greeting(
+        name=own_name(node),
+        simulated=simulated,
+        sites=int(node["num-partitions"]) if simulated else 0,
+        reason=reason,
+    )
 
 
 @app.query("hello")

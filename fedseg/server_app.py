@@ -11,26 +11,31 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from flwr.app import Context
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore.exit import ExitCode
 from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
-from fedseg.data.node import server_cases
+from fedseg.data.held_out import server_cases
 from fedseg.data.plan import Plan
-from fedseg.errors import FedSegError, ModelError
+from fedseg.errors import FedSegError, ModelError, StudyError
 from fedseg.federation.rounds import Federation, ServerEvaluation, Summary, run_rounds
 from fedseg.federation.run_folder import RunFolder, new_run_id
 from fedseg.federation.sites import find_sites
 from fedseg.federation.strategies import make_strategy
+from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.logs import show_logs
-from fedseg.registry import is_custom
+from fedseg.registry import is_custom, resolve
 from fedseg.report.table import result_table
 from fedseg.segmentation.evaluation import evaluate_cases
+from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.metrics import summarise
 from fedseg.segmentation.model_file import read_model_file, sha256_of
 from fedseg.segmentation.models import build_model, check_logits, check_patch, parameter_count
 from fedseg.segmentation.training import choose_device, set_threads
+
+__all__ = ["app", "run_study"]
 
 log = logging.getLogger("fedseg.server")
 
@@ -71,8 +76,7 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     study = StudyConfig.from_run_config(context.run_config)
     set_threads(None)
     plan = Plan.from_config(study)
-    network = _initial_network(study, plan)
-    strategy = make_strategy(study)
+    network, strategy = _parts(study, plan)
     sites = find_sites(grid, study)
     folder = RunFolder(study, plan, new_run_id())
     log.info("run folder: %s", folder.path)
@@ -109,16 +113,23 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     return folder
 
 
+def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
+    """Resolve every name of the study before a site is asked for anything."""
+    try:
+        resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
+        resolve("train.loss", study.train.loss, LOSSES)
+        return _initial_network(study, plan), make_strategy(study)
+    except ModuleNotFoundError as error:
+        raise StudyError(
+            f"package {error.name} isn't installed at the SuperLink; install it there and at "
+            "every site, or add it to fab-include"
+        ) from None
+
+
 def _initial_network(study: StudyConfig, plan: Plan) -> nn.Module:
     """Build the global model and check by it that patch and network fit."""
     check_patch(plan, levels_matter=not is_custom(plan.model))
-    try:
-        network = build_model(plan, seed=study.train.seed)
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            f"model.name: '{plan.model}' needs package {error.name}; install it at the SuperLink "
-            "and at every site, or add it to fab-include"
-        ) from None
+    network = build_model(plan, seed=study.train.seed)
     if is_custom(plan.model):
         check_logits(network, plan)
     if study.model.init_from:

@@ -144,7 +144,7 @@ def load_site_config(
     merged: dict[str, Any] = {}
     if named:
         merged = _read_toml(Path(str(named)).expanduser())
-    elif data_dir is not None and (data_dir / "site.toml").is_file():
+    elif data_dir is not None and os.path.isfile(data_dir / "site.toml"):
         merged = _read_toml(data_dir / "site.toml")
     for key, value in node_config.items():
         if key in _FLOWER_KEYS:

@@ -303,7 +303,7 @@ def test_two_sites_of_one_name_are_refused(run_study: Run, three_sites: dict[int
 
 
 def test_too_few_sites_in_time(run_study: Run, three_sites: dict[int, Any]) -> None:
-    with pytest.raises(StudyError, match=r"got 3 within 0\.2 s; expected at least 5"):
+    with pytest.raises(StudyError, match=r"got 3 within \d+ s; expected at least 5"):
         run_study(three_sites, {"federation.min-sites": 5, "federation.connect-deadline": 0.2})
 
 
@@ -461,7 +461,7 @@ class TestCustomModel:
         assert (site["status"], site["reason"]) == ("failed", "model-missing")
 
     def test_the_server_that_lacks_it(self, run_study: Run, three_sites: dict[int, Any]) -> None:
-        with pytest.raises(ModelError, match="needs package not_there; install it"):
+        with pytest.raises(StudyError, match="package not_there isn't installed at the SuperLink"):
             run_study(three_sites, {"model.name": "not_there:build"})
 
     def test_wrong_output_is_caught_before_the_run(
@@ -477,7 +477,11 @@ class TestCustomModel:
         ({"train.batch-size": 0}, "train.batch-size: got 0; expected at least 1"),
         ({"train.patch-size": "18,16,16"}, "train.patch-size: got 18,16,16; expected multiples"),
         ({"model.depth": 5}, "16 leaves 1 voxel at the deepest of 5 levels"),
-        ({"model.name": "unett"}, "did you mean 'unet'"),
+        ({"model.name": "unett"}, "model.name: got 'unett', did you mean 'unet'"),
+        ({"model.name": "resnet!"}, "model.name: got 'resnet!'; expected one of unet, attention-"),
+        ({"train.loss": "dice"}, "train.loss: got 'dice', did you mean 'dice-ce'"),
+        ({"federation.strategy": "fedavgg"}, "federation.strategy: got 'fedavgg', did you mean"),
+        ({"federation.weighting": "case"}, "federation.weighting: got 'case', did you mean"),
     ],
 )
 def test_impossible_config_stops_before_anything_is_sent(

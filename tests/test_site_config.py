@@ -115,7 +115,7 @@ def test_errors_name_key_got_and_expected(tmp_path: Path, text: str, error: str)
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no.toml: can't be read .*; check site-config"):
+    with pytest.raises(DataError, match=r"no.toml: can't be read .*; check site-config"):
         load_site_config({"site-config": str(tmp_path / "no.toml")})
     (tmp_path / "site.toml").write_bytes(b"name = '\xff'")
     with pytest.raises(ConfigError, match="not valid TOML"):

@@ -1,6 +1,5 @@
 """Which site a node is: simulated, real, or neither; and the cases it holds."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,27 +11,28 @@ import numpy as np
 from fedseg.config import Scalar, StudyConfig
 from fedseg.data.cache import CachedCase, cached_case
 from fedseg.data.partition import partition
-from fedseg.data.phantom import KINDS, UNSEEN, PhantomKind, write_phantom_site
+from fedseg.data.phantom import phantom_seeds
+from fedseg.data.phantom_sites import phantom_folder, phantom_kinds
 from fedseg.data.plan import Plan
 from fedseg.data.sites import Case, find_cases
 from fedseg.data.volumes import read_mask
-from fedseg.errors import CaseError, ConfigError, DataError, Reason, SiteError
-from fedseg.site_config import PolicyConfig, SiteConfig, fedseg_home, load_site_config
+from fedseg.errors import CaseError, ConfigError, DataError, FedSegError, Reason, SiteError
+from fedseg.site_config import (
+    PolicyConfig,
+    SiteConfig,
+    load_site_config,
+    valid_site_name,
+)
 
 __all__ = [
     "Site",
     "SiteCases",
     "load_cases",
     "open_site",
-    "phantom_kinds",
-    "server_cases",
-    "server_groups",
+    "own_name",
 ]
 
 log = logging.getLogger(__name__)
-
-_SERVER_SEED = 1_000_000
-"""Held-out phantoms come from seeds that no site reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,17 @@ def open_site(
     except DataError as error:
         raise SiteError(Reason.DATA, str(error)) from None
     raise SiteError(Reason.NO_DATA)
+
+
+def own_name(node_config: Mapping[str, Scalar]) -> str:
+    """Name of a node that can't take part, as far as it can be told; `""` where it has none."""
+    try:
+        name = load_site_config(node_config).name or ""
+    except FedSegError:
+        name = str(node_config.get("name", ""))
+    if not name and "data-dir" not in node_config and "partition-id" in node_config:
+        name = f"site-{node_config['partition-id']}"
+    return name if valid_site_name(name) else ""
 
 
 def _real(node_config: Mapping[str, Scalar]) -> Site:
@@ -174,37 +185,13 @@ def _simulated_folder(index: int, sites: int, study: StudyConfig) -> tuple[Path,
     kinds = phantom_kinds(study)
     if data.partition == "iid":
         kind = kinds[index % len(kinds)]
-        seeds = [data.seed + 1000 * index + case for case in range(data.phantom_cases)]
-        return _phantoms(kind.name, [(kind, seeds)]), None
+        seeds = phantom_seeds(data.seed, index, data.phantom_cases)
+        return phantom_folder(kind.name, [(kind, seeds)]), None
     pool = [
-        (kinds[i % len(kinds)], [data.seed + 1000 * i + case for case in range(data.phantom_cases)])
+        (kinds[i % len(kinds)], phantom_seeds(data.seed, i, data.phantom_cases))
         for i in range(sites)
     ]
-    return _phantoms("pool", pool), index
-
-
-def _phantoms(name: str, wanted: Sequence[tuple[PhantomKind, Sequence[int]]]) -> Path:
-    """Write phantoms into the cache unless they are there, and return their folder."""
-    content = hashlib.sha256(repr([(kind, list(seeds)) for kind, seeds in wanted]).encode())
-    folder = fedseg_home() / "cache" / "phantoms" / f"{name}-{content.hexdigest()[:12]}"
-    for kind, seeds in wanted:
-        write_phantom_site(folder, kind, seeds, name=name)
-    return folder
-
-
-def phantom_kinds(study: StudyConfig) -> list[PhantomKind]:
-    """Kinds named by `data.phantom-kinds`.
-
-    Raises:
-        ConfigError: A kind has no such name.
-    """
-    names = [name.strip() for name in study.data.phantom_kinds.split(",")]
-    for name in names:
-        if name not in KINDS:
-            raise ConfigError(
-                f"data.phantom-kinds: got '{name}'; expected some of {', '.join(KINDS)}"
-            )
-    return [KINDS[name] for name in names]
+    return phantom_folder("pool", pool), index
 
 
 def _share(
@@ -266,44 +253,3 @@ def load_cases(site: Site, plan: Plan, *, validation_fraction: float, seed: int)
         validation=tuple(usable[i] for i in sorted(order[:held_out])),
         skipped=skipped,
     )
-
-
-def server_groups(study: StudyConfig, *, simulated: bool) -> dict[str, Sequence[Case]]:
-    """Held-out cases of the server: `global`, and `unseen` of a kind that no site has.
-
-    Phantoms are used only where all sites are simulated phantoms.
-
-    Raises:
-        DataError: `data.server-dir` can't be used.
-    """
-    data = study.data
-    if data.server_dir is not None:
-        listing = find_cases(Path(data.server_dir).expanduser())
-        if listing.problems:
-            raise DataError(f"data.server-dir: {listing.problems[0]}")
-        return {"global": listing.cases}
-    if not (simulated and data.source == "phantom" and data.server_cases):
-        return {}
-    seeds = [data.seed + _SERVER_SEED + i for i in range(data.server_cases)]
-    kinds = list(dict.fromkeys(phantom_kinds(study)))
-    held_out = [(kind, [s + 1000 * n for s in seeds]) for n, kind in enumerate(kinds)]
-    return {
-        "global": find_cases(_phantoms("server", held_out)).cases,
-        "unseen": find_cases(_phantoms("unseen", [(UNSEEN, seeds)])).cases,
-    }
-
-
-def server_cases(study: StudyConfig, plan: Plan, *, simulated: bool) -> dict[str, list[CachedCase]]:
-    """Preprocess the server's held-out cases; a bad one is an error, not skipped.
-
-    Raises:
-        DataError: `data.server-dir` or one of its cases can't be used.
-    """
-    cache = fedseg_home() / "cache"
-    try:
-        return {
-            name: [cached_case(case, plan, cache) for case in cases]
-            for name, cases in server_groups(study, simulated=simulated).items()
-        }
-    except CaseError as error:
-        raise DataError(f"server's cases: {error}") from None

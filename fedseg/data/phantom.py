@@ -17,7 +17,15 @@ from scipy import ndimage
 from fedseg.data.anatomy import Body, Point, Tissue, draw_vessels, paint_patient
 from fedseg.data.tumors import FloatArray, implant_tumors
 
-__all__ = ["KINDS", "UNSEEN", "Phantom", "PhantomKind", "make_phantom", "write_phantom_site"]
+__all__ = [
+    "KINDS",
+    "UNSEEN",
+    "Phantom",
+    "PhantomKind",
+    "make_phantom",
+    "phantom_seeds",
+    "write_phantom_site",
+]
 
 FIELD_OF_VIEW_MM = (300.0, 250.0, 210.0)
 
@@ -209,6 +217,18 @@ def make_phantom(kind: PhantomKind, seed: int) -> Phantom:
     if kind.orientation == "LPS":
         stored, mask = stored[::-1, ::-1], mask[::-1, ::-1]
     return Phantom(np.ascontiguousarray(stored), np.ascontiguousarray(mask), affine)
+
+
+def phantom_seeds(study_seed: int, site: int, count: int) -> list[int]:
+    """Seeds of a site's phantoms: no two sites and no two study seeds share a patient.
+
+    Args:
+        study_seed: `data.seed`.
+        site: Index of the site, under 1,000.
+        count: Number of phantoms, 10,000 at most.
+    """
+    first = 10_000_000 * study_seed + 10_000 * site
+    return [first + case for case in range(count)]
 
 
 def write_phantom_site(

@@ -91,7 +91,7 @@ def prepare(scan: Volume, plan: Plan, *, modality: Modality = "auto") -> Prepare
     grid = grid_shape(scan.array.shape, scan.spacing, plan.spacing)
     if math.prod(grid) > MAX_VOXELS:
         raise CaseError(
-            "scan",
+            scan.path,
             f"{grid} voxels at the plan's {plan.spacing} mm, expected at most {MAX_VOXELS}",
             "leave it out, or ask the study for a larger train.spacing",
         )

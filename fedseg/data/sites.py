@@ -102,9 +102,9 @@ def find_cases(root: Path, *, layout: str = "auto") -> Listing:
         ConfigError: The layout has no function, or its package isn't installed.
         DataError: The folder is missing, unreadable or has no case.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; correct the path")
     try:
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; correct the path")
         listing = resolve("layout", layout, LAYOUTS)(root)
     except ModuleNotFoundError as error:
         raise ConfigError(

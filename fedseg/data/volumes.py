@@ -41,6 +41,7 @@ class Volume:
         stored: Header of the file, for writing a mask on the same grid.
         stored_shape: Shape in the file's own axis order.
         stored_affine: The file's own affine.
+        path: The file, for errors.
     """
 
     array: np.ndarray
@@ -48,6 +49,7 @@ class Volume:
     stored: Any
     stored_shape: tuple[int, ...]
     stored_affine: np.ndarray
+    path: Path = Path("scan")
 
 
 def read_image(path: Path) -> Volume:
@@ -162,6 +164,7 @@ def _read(path: Path, dtype: type) -> Volume:
         stored=image.header,
         stored_shape=tuple(image.shape),
         stored_affine=affine,
+        path=path,
     )
 
 

@@ -66,8 +66,10 @@ def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
         if len(sites) != said:
             log.info("waiting for sites: %d there", said := len(sites))
         time.sleep(_POLL_SECONDS)
-    _say_who_cannot(greeted, registered)
-    return _chosen(sites, study, study.federation.connect_deadline)
+    refusals = _who_cannot(greeted, registered)
+    for refusal in refusals:
+        log.warning("%s", refusal)
+    return _chosen(sites, study, refusals, waited=time.monotonic() - began)
 
 
 def _ask_new_nodes(grid: Grid, asked: dict[str, int], registered: dict[int, str]) -> None:
@@ -117,14 +119,19 @@ def _complete(sites: list[KnownSite], greeted: dict[int, Greeting], study: Study
     return len(sites) >= study.federation.min_sites
 
 
-def _say_who_cannot(greeted: dict[int, Greeting], registered: dict[int, str]) -> None:
-    for node, greeting in sorted(greeted.items()):
-        if greeting.reason is not None:
-            name = registered.get(node) or greeting.name or "a site"
-            log.warning("%s can't take part: %s", name, REASONS[greeting.reason])
+def _who_cannot(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[str]:
+    """One text for each node that answered that it can't take part."""
+    return [
+        f"{registered.get(node) or greeting.name or 'a site'} can't take part: "
+        f"{REASONS[greeting.reason]}"
+        for node, greeting in sorted(greeted.items())
+        if greeting.reason is not None
+    ]
 
 
-def _chosen(sites: list[KnownSite], study: StudyConfig, waited: float) -> list[KnownSite]:
+def _chosen(
+    sites: list[KnownSite], study: StudyConfig, refusals: list[str], *, waited: float
+) -> list[KnownSite]:
     names = _wanted_names(study)
     chosen = [site for site in sites if not names or site.name in names]
     twice = {site.name for site in chosen if sum(s.name == site.name for s in chosen) > 1}
@@ -135,12 +142,12 @@ def _chosen(sites: list[KnownSite], study: StudyConfig, waited: float) -> list[K
         )
     missing = [name for name in names if name not in {site.name for site in sites}]
     if missing:
-        log.warning("not there after %g s: %s", waited, ", ".join(missing))
+        log.warning("not there after %.0f s: %s", waited, ", ".join(missing))
     if len(chosen) < study.federation.min_sites:
+        absent = f" (missing: {', '.join(missing)})" if missing else ""
+        mend = "start their SuperNodes, or change federation.min-sites or connect-deadline"
         raise StudyError(
-            f"sites: got {len(chosen)} within {waited:g} s"
-            f"{' (missing: ' + ', '.join(missing) + ')' if missing else ''}; expected at least "
-            f"{study.federation.min_sites}; start their SuperNodes, or change federation.min-sites "
-            "or federation.connect-deadline"
+            f"sites: got {len(chosen)} within {waited:.0f} s{absent}; expected at least "
+            f"{study.federation.min_sites}; {'; '.join(refusals) or mend}"
         )
     return chosen

@@ -85,8 +85,6 @@ def evaluate_folder(
     Raises:
         DataError: The folder is missing or has no usable case.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; correct the path")
     site = load_site_config({}, folder=folder)
     listing = find_cases(folder, layout=site.layout)
     skipped = list(listing.problems)
@@ -95,10 +93,10 @@ def evaluate_folder(
         try:
             scan = read_image(case.image)
             truth = read_mask(case.mask, image=scan, label_map=site.label_map)
+            labels = predict_labels(network, scan, plan, device=device, modality=site.modality)
         except CaseError as error:
             skipped.append(str(error))
             continue
-        labels = predict_labels(network, scan, plan, device=device, modality=site.modality)
         sums = sums_of_case(labels, truth.array, annotated=site.labels)
         cases[nifti_stem(case.image) or case.image.name] = sums
     if not cases:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedseg.data.plan import Plan
 from fedseg.errors import FedSegError, ModelError
+from fedseg.registry import is_custom
 from fedseg.segmentation.models import build_model
 
 __all__ = ["load_model", "read_model_file", "save_model", "sha256_of"]
@@ -45,9 +46,9 @@ def read_model_file(path: Path) -> tuple[dict[str, torch.Tensor], Plan, dict[str
         ModelError: The file is missing, damaged or not one of ours.
     """
     mend = "give a model-best.safetensors of a run"
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; {mend}")
     try:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; {mend}")
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -58,17 +59,29 @@ def read_model_file(path: Path) -> tuple[dict[str, torch.Tensor], Plan, dict[str
     try:
         plan = Plan.from_json(metadata["plan"])
     except (FedSegError, KeyError) as error:
-        raise ModelError(f"{path}: its plan can't be read ({error}); {mend}") from None
+        first = str(error).splitlines()[0]
+        raise ModelError(f"{path}: its plan can't be read ({first}); {mend}") from None
     return state, plan, metadata
 
 
-def load_model(path: Path) -> tuple[nn.Module, Plan]:
+def load_model(path: Path, *, allow_custom_code: bool = False) -> tuple[nn.Module, Plan]:
     """Rebuild the network of a model file.
 
+    Args:
+        path: The file.
+        allow_custom_code: Whether a network named `pkg.mod:function` may be imported: whoever made
+            the file then chooses which installed function runs.
+
     Raises:
-        ModelError: The file is missing, damaged, or its weights don't fit its network.
+        ModelError: The file is missing, damaged, names code that isn't allowed, or its weights
+            don't fit its network.
     """
     state, plan, _ = read_model_file(path)
+    if is_custom(plan.model) and not allow_custom_code:
+        raise ModelError(
+            f"{path}: its network is code from outside fedseg ('{plan.model}'); if you trust the "
+            "file, say --allow-custom-code"
+        )
     try:
         network = build_model(plan)
         network.load_state_dict(state)

@@ -173,8 +173,6 @@ def parameter_count(network: nn.Module) -> int:
 def _replace_batch_norm(network: nn.Module) -> None:
     for name, child in network.named_children():
         if isinstance(child, nn.BatchNorm3d):
-            # One channel alone would be normalised away by an instance norm at 1 voxel; group
-            # normalisation over all channels of an attention gate keeps its scale.
             setattr(network, name, Norm["instance", 3](child.num_features, affine=True))
         else:
             _replace_batch_norm(child)

@@ -107,9 +107,9 @@ def _predict(
 ) -> Prediction:
     try:
         volume = read_image(scan)
+        labels = predict_labels(network, volume, plan, device=device, modality=modality)
     except CaseError as error:
         return Prediction(scan=scan, mask=None, volumes_ml={}, problem=str(error))
-    labels = predict_labels(network, volume, plan, device=device, modality=modality)
     try:
         write_mask(target, labels, volume)
     except OSError as error:

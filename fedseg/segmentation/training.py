@@ -49,12 +49,13 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = name.partition(":")
     there = {
         "cpu": True,
         "mps": torch.backends.mps.is_available(),
-        "cuda": torch.cuda.is_available(),
-    }[name.partition(":")[0]]
-    if not there:
+        "cuda": int(index or 0) < torch.cuda.device_count(),
+    }
+    if not there.get(kind, False):
         raise ConfigError(f"device: got '{name}'; this machine has none; take device=\"cpu\"")
     return torch.device(name)
 

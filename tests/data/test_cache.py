@@ -224,5 +224,5 @@ def test_full_disk_is_one_line_and_leaves_no_torn_entry(tmp_path: Path, limit: i
 
 def test_cache_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
-    with pytest.raises(DataError, match="can't write the cache .*free space or set cache-dir"):
+    with pytest.raises(DataError, match=r"can't write the cache .*free space or set cache-dir"):
         cached_case(write(tmp_path), PLAN, tmp_path / "cache")

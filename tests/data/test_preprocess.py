@@ -176,6 +176,12 @@ def test_placement_survives_json() -> None:
     assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
 
 
+def test_scan_that_the_spacing_would_make_too_large_is_refused_by_name() -> None:
+    scan = scan_of(np.zeros((40, 40, 40)), (30.0, 30, 30))
+    with pytest.raises(CaseError, match=r"scan: \(2400, 2400, 2400\) voxels at the plan's"):
+        prepare(scan, make_plan(spacing=(0.5, 0.5, 0.5)))
+
+
 def test_body_smaller_than_half_a_patch_is_refused() -> None:
     plan = make_plan(patch_size=(32, 32, 32))
     check_size(np.zeros((16, 40, 16)), plan, "a.nii")
@@ -188,8 +194,8 @@ def test_body_smaller_than_half_a_patch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("train.patch-size", "0,64,64", "patch_size.0: got 0"),
-        ("train.inference-patch", "64,64,-1", "inference_patch.2: got -1"),
+        ("train.patch-size", "0,64,64", "train.patch-size: got"),
+        ("train.inference-patch", "64,64,-1", "train.inference-patch: got"),
         ("train.spacing", "200,3,3", "spacing.0: got 200"),
         ("train.mr-percentiles", "-1,99", "mr_percentiles|mr-percentiles"),
         ("train.mr-percentiles", "1,101", "mr_percentiles|mr-percentiles"),

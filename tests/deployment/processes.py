@@ -67,11 +67,10 @@ class Row:
 
 def process_table() -> list[Row]:
     """All processes of the machine that are no zombies."""
-    columns = ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat=,args="]
+    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,pgid=,stat=,args="]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = []
-    for line in subprocess.run(columns, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    ):
+    for line in listing.stdout.splitlines():
         parts = line.split(None, 4)
         if len(parts) == 5 and not parts[3].startswith("Z"):
             rows.append(Row(int(parts[0]), int(parts[1]), int(parts[2]), parts[4]))
@@ -95,8 +94,9 @@ def tree(pid: int) -> list[Row]:
 
 
 def _still_there(rows: list[Row]) -> list[Row]:
-    now = {row.pid: row.args for row in process_table()}
-    return [row for row in rows if now.get(row.pid) == row.args]
+    # By group, not by name: Ray's workers rename themselves.
+    now = {(row.pid, row.group) for row in process_table()}
+    return [row for row in rows if (row.pid, row.group) in now]
 
 
 def stop_tree(
@@ -400,6 +400,8 @@ class Workplace:
         local = self.local_superlink()
         if local is not None:
             stop_tree(local)
+        elif (self.root / "flwr" / "local-superlink" / "superlink.log").exists():
+            raise AssertionError("the local SuperLink that `flwr run` started wasn't found")
 
     def logs(self) -> Iterator[tuple[str, str]]:
         """Name and last lines of each process's log."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from processes import SMALL, Run, Workplace
+from processes import CHECKOUT, SMALL, Run, Workplace
 
 from fedseg.segmentation.metrics import METRICS
 from fedseg.segmentation.model_file import load_model
@@ -46,22 +46,30 @@ def check_run_folder(run: Run, sites: list[str], *, rounds: int) -> None:
     assert folder.name in after
 
 
-def failure(run: Run) -> str:
-    """The one line that says why, after a check that there is nothing more."""
-    assert run.status == "finished:failed"
-    assert "Traceback" not in run.output
-    said = [
+def server_lines(run: Run) -> list[str]:
+    """What the server said; Ray marks what the simulated sites say by their process."""
+    return [
         line
         for line in run.output.splitlines()
         if line.startswith("fedseg: ") and "pid=" not in line
     ]
+
+
+def failure(run: Run) -> str:
+    """The one line that says why, after a check that there is nothing more."""
+    assert run.status == "finished:failed"
+    assert "Traceback" not in run.output
+    said = server_lines(run)
     assert said, run.output
     return said[-1].removeprefix("fedseg: ")
 
 
 def test_phantoms(workplace: Workplace) -> None:
+    before = (CHECKOUT / "pyproject.toml").read_bytes()
     run = workplace.simulate(SMALL, sites=3)
     check_run_folder(run, ["site-0", "site-1", "site-2"], rounds=2)
+    assert (CHECKOUT / "pyproject.toml").read_bytes() == before
+    assert not (CHECKOUT / "uv.lock").exists()
     for line in run.history():
         assert line["global"]["liver.dice"] is not None
         assert line["unseen"]["cases"] == 1
@@ -110,15 +118,14 @@ def test_all_sites_fail_by_name(workplace: Workplace, phantoms: Path, tmp_path: 
     assert [site["reason"] for site in run.history()[1]["sites"].values()] == ["no-cases"] * 2
 
 
-def test_missing_folder_has_no_path(workplace: Workplace, tmp_path: Path) -> None:
+def test_missing_folder_is_said_by_name_and_without_its_path(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     missing = {"data.source": "folder", "data.dir": str(tmp_path / "nowhere")}
-    run = workplace.simulate({**SMALL, **missing, "federation.connect-deadline": 10.0}, sites=2)
+    run = workplace.simulate({**SMALL, **missing, "federation.connect-deadline": 15.0}, sites=2)
     line = failure(run)
     assert line.startswith("sites: got 0")
-    server = [
-        text
-        for text in run.output.splitlines()
-        if text.startswith("fedseg: ") and "pid=" not in text
-    ]
-    assert any("its folder can't be used" in text for text in server)
+    server = server_lines(run)
     assert str(tmp_path) not in "\n".join(server)
+    for name in ("site-0", "site-1"):
+        assert any(f"{name} can't take part: its folder can't be used" in said for said in server)

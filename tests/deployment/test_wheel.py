@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -66,11 +65,14 @@ def packages(workplace: Workplace) -> Packages:
     return Packages(wheel, sdist, venv / "bin", workplace.root / sdist.name.removesuffix(".tar.gz"))
 
 
-def tracked(*folders: str) -> set[str]:
-    """Files of the checkout that git knows or would add."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
-    listing = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    return {name for name in listing.stdout.splitlines() if (CHECKOUT / name).is_file()}
+def files(*folders: str) -> set[str]:
+    """Files of the checkout, without compiled ones."""
+    return {
+        str(path.relative_to(CHECKOUT))
+        for folder in folders
+        for path in (CHECKOUT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 def test_wheel_is_fedseg_and_nothing_else(packages: Packages) -> None:
@@ -79,7 +81,7 @@ def test_wheel_is_fedseg_and_nothing_else(packages: Packages) -> None:
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == tracked("fedseg")
+    assert code == files("fedseg")
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert "Name: fedseg" in lines
     assert any(line.startswith("Requires-Dist: torch>=") for line in lines)
@@ -91,7 +93,7 @@ def test_sdist_has_code_tests_and_license(packages: Packages) -> None:
         for path in packages.source.rglob("*")
         if path.is_file()
     }
-    wanted = {"pyproject.toml", "LICENSE", "README.md", *tracked("fedseg", "tests")}
+    wanted = {"pyproject.toml", "LICENSE", "README.md", *files("fedseg", "tests")}
     assert wanted <= found
     assert not [name for name in found if name.endswith((".nii.gz", ".safetensors", ".pyc"))]
 

@@ -1,0 +1,259 @@
+"""Tests of the command line."""
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fedseg import __version__, cli
+from fedseg.config import StudyConfig
+from fedseg.data import phantom
+from fedseg.data.phantom import Phantom, PhantomKind
+from fedseg.data.plan import Plan
+from fedseg.segmentation.model_file import save_model
+from fedseg.segmentation.models import build_model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call `fedseg` and return exit code, output and errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def small_phantoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phantom takes a second; these are made as fast as they are dull."""
+
+    def make(kind: PhantomKind, seed: int) -> Phantom:
+        rng = np.random.default_rng(seed)
+        image = np.full((20, 22, 18), -1000, np.int16)
+        image[2:-2, 2:-2, 2:-2] = rng.integers(0, 100, (16, 18, 14))
+        mask = np.zeros(image.shape, np.uint8)
+        mask[5:12, 5:12, 5:12] = 1
+        mask[7:9, 7:9, 7:9] = 2
+        return Phantom(image, mask, np.diag([-3.0, -3, 3.5, 1]))
+
+    monkeypatch.setattr(phantom, "make_phantom", make)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    study = StudyConfig.from_run_config(
+        {"model.width": 2, "model.depth": 2, "train.patch-size": "16,16,16"}
+    )
+    plan = Plan.from_config(study)
+    path = tmp_path / "model.safetensors"
+    save_model(path, build_model(plan, seed=0).state_dict(), plan)
+    return path
+
+
+@pytest.fixture
+def site(run: Run, tmp_path: Path, small_phantoms: None) -> Path:
+    code, _, err = run("phantom", tmp_path / "sites", "--sites", 1, "--cases", 2)
+    assert code == 0, err
+    return tmp_path / "sites" / "site-0"
+
+
+def one_line(err: str, *words: str) -> None:
+    assert err.startswith("fedseg: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"fedseg {__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("phantom", "check", "predict", "evaluate"):
+        assert command in out
+        assert run(command, "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["pre-dict"], ["check"], ["check", ".", "--jsonn"], ["phantom", "x", "--sites", "0"]],
+)
+def test_usage_errors_exit_with_2(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.usefixtures("small_phantoms")
+def test_phantom_writes_sites_that_check_finds_clean(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "sites"
+    code, text, _ = run("phantom", out, "--sites", 3, "--cases", 2, "--kinds", "portal, native")
+    assert code == 0
+    assert text.splitlines() == [
+        f"{out}/site-0: 2 cases of kind portal",
+        f"{out}/site-1: 2 cases of kind native",
+        f"{out}/site-2: 2 cases of kind portal",
+    ]
+    for index in range(3):
+        assert run("check", out / f"site-{index}")[:2] == (
+            0,
+            "2 of 2 cases usable (2 with liver, 2 with tumor)\n",
+        )
+    images = [nib.load(path).get_fdata() for path in sorted(out.rglob("images/*"))]
+    assert not any(np.array_equal(a, b) for i, a in enumerate(images) for b in images[:i])
+
+
+def test_phantom_errors(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("phantom", tmp_path / "x", "--kinds", "venous")
+    assert code == 2
+    one_line(err, "--kinds: got 'venous'; expected some of portal, arterial")
+    (tmp_path / "file").touch()
+    code, _, err = run("phantom", tmp_path / "file")
+    assert code == 2
+    one_line(err, f"{tmp_path / 'file'}: can't be written", "give another folder")
+
+
+def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
+    run: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
+    out = tmp_path / "masks"
+    arguments = ("predict", "--model", model, site / "images", "-o", out)
+    code, text, err = run(*arguments)
+    assert (code, err) == (0, "")
+    masks = sorted(out.iterdir())
+    scans = sorted((site / "images").iterdir())
+    assert [path.name for path in masks] == [path.name for path in scans]
+    for mask, scan, line in zip(masks, scans, text.splitlines(), strict=True):
+        written, original = nib.load(mask), nib.load(scan)
+        assert np.array_equal(written.affine, original.affine)
+        assert written.shape == original.shape
+        assert written.get_data_dtype() == np.uint8
+        values = np.asanyarray(written.dataobj)
+        assert set(np.unique(values)) <= {0, 1, 2}
+        liver = (values >= 1).sum() * 3 * 3 * 3.5 / 1000
+        assert line.startswith(f"{mask}: liver {liver:.0f} mL, tumor ")
+
+    masks[0].write_bytes(b"precious")
+    code, text, err = run(*arguments)
+    assert (code, text) == (1, "")
+    assert err.splitlines() == [f"skipped: {mask}: exists; --overwrite" for mask in masks]
+    assert masks[0].read_bytes() == b"precious"
+    assert run(*arguments, "--overwrite")[0] == 0
+    assert nib.load(masks[0]).shape == (20, 22, 18)
+
+
+def test_predict_never_replaces_its_input(run: Run, site: Path, model: Path) -> None:
+    scans = {path: path.read_bytes() for path in (site / "images").iterdir()}
+    images = site / "images"
+    code, _, err = run("predict", "--model", model, images, "-o", images, "--overwrite")
+    assert code == 2
+    one_line(err, "its mask would replace it; give another folder with -o")
+    assert {path: path.read_bytes() for path in images.iterdir()} == scans
+
+
+def test_predict_goes_on_after_a_bad_scan(
+    run: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
+    first, second = sorted((site / "images").iterdir())
+    first.write_bytes(gzip.decompress(second.read_bytes())[:500])
+    code, out, err = run("predict", "--model", model, first, second, "-o", tmp_path / "out")
+    assert code == 1
+    assert out.startswith(f"{tmp_path / 'out' / second.name}: liver")
+    assert err.startswith(f"skipped: {first}: not a NIfTI file")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "no.safetensors"}, "no.safetensors: no such file; give a model-best"),
+        ({"scan": "no.nii"}, "no.nii: no such file or folder; correct the path"),
+        ({"device": "gpu"}, "--device: got 'gpu'; expected auto, cpu, cuda, cuda:N or mps"),
+        ({"modality": "pet"}, "--modality: got 'pet'; expected auto, ct or mr"),
+        ({"out": "model.safetensors"}, "model.safetensors: can't be made"),
+    ],
+)
+def test_predict_errors_are_one_line(
+    run: Run, tmp_path: Path, site: Path, model: Path, change: dict[str, str], words: str
+) -> None:
+    given: dict[str, Any] = {"model": model, "scan": site / "images", "out": tmp_path / "out"}
+    given |= {k: tmp_path / v if k in given else v for k, v in change.items()}
+    extra = [f"--{k}={given[k]}" for k in ("device", "modality") if k in given]
+    code, out, err = run(
+        "predict", "--model", given["model"], given["scan"], "-o", given["out"], *extra
+    )
+    assert (code, out) == (2, "")
+    one_line(err, words)
+
+
+def test_evaluate_as_table_and_as_json(run: Run, site: Path, model: Path) -> None:
+    code, table, err = run("evaluate", "--model", model, site)
+    assert (code, err) == (0, "")
+    assert "per case" in table and "pooled" in table
+    assert "volume similarity" in table
+    code, text, _ = run("evaluate", "--model", model, site, "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert result["skipped"] == []
+    assert sorted(result["cases"]) == ["case-0000", "case-0001"]
+    dices = [case["liver.dice"] for case in result["cases"].values()]
+    assert result["all"]["liver.dice"] == pytest.approx(np.mean(dices))
+    assert result["all"]["cases"] == 2
+    assert f"{result['all']['liver.dice']:.3f}" in table
+
+
+def test_evaluate_agrees_with_predicted_masks(
+    run: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
+    result = json.loads(run("evaluate", "--model", model, site, "--json")[1])
+    run("predict", "--model", model, site / "images", "-o", tmp_path / "out")
+    for name, scores in result["cases"].items():
+        found, truth = (
+            np.asanyarray(nib.load(folder / f"{name}.nii.gz").dataobj) >= 1
+            for folder in (tmp_path / "out", site / "masks")
+        )
+        dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+        assert scores["liver.dice"] == pytest.approx(dice)
+
+
+def test_evaluate_skips_bad_cases_and_says_so(run: Run, site: Path, model: Path) -> None:
+    mask = min((site / "masks").iterdir())
+    mask.write_bytes(b"broken")
+    code, out, err = run("evaluate", "--model", model, site)
+    assert code == 1
+    assert "per case" in out
+    assert err.startswith(f"skipped: {mask}: not a NIfTI file")
+    max((site / "masks").iterdir()).write_bytes(b"broken")
+    code, out, err = run("evaluate", "--model", model, site, "--json")
+    assert (code, out) == (2, "")
+    one_line(err, "no usable case; run `fedseg check` on it")
+    code, _, err = run("evaluate", "--model", model, site / "nowhere")
+    assert code == 2
+    one_line(err, "no such folder; correct the path")
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedseg.cli", "check", str(tmp_path)]
+    command[1:3] = ["-c", "from fedseg.cli import main; main()"]
+    quiet, loud = (
+        subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        for more in ([], ["--debug"])
+    )
+    assert quiet.returncode == 2
+    one_line(quiet.stderr, f"{tmp_path}: no folder images/; expected images/ and masks/")
+    assert loud.returncode == 1
+    assert "Traceback" in loud.stderr
+    assert loud.stderr.rstrip().splitlines()[-1].startswith("fedseg.errors.DataError: ")
