@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedseg.config import StudyConfig
-from fedseg.data import phantom_sites
+from fedseg.data import node, phantom_sites
 from fedseg.data.held_out import server_cases
 from fedseg.data.node import load_cases, open_site
 from fedseg.data.phantom import KINDS, PhantomKind
