@@ -11,19 +11,12 @@ one t that is best over all these cases. No network gets that help.
 
 import argparse
 import datetime
-import json
 import os
-import platform
-import re
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from harness import processor, run, write_result
 
 from fedseg.config import StudyConfig
 from fedseg.data.held_out import server_groups
@@ -31,54 +24,7 @@ from fedseg.data.sites import Case
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.segmentation.metrics import score
 
-ROOT = Path(__file__).resolve().parents[1]
 LONG = "federation.rounds=20 data.server-cases=4"
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run(options: str, scratch: Path) -> tuple[float, list[dict]]:
-    """Run the study; return seconds from `flwr run` to its end, and the history."""
-    ports = (str(free_port()), str(free_port()))
-    env = {
-        **os.environ,
-        "FLWR_HOME": str(scratch / "flwr"),
-        "FEDSEG_HOME": str(scratch / "fedseg"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
-        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    command = ["flwr", "run", str(ROOT), "--stream"]
-    command += ["--federation-config", "num-supernodes=3"]
-    command += ["-c", f'output.dir="{scratch / "runs"}" {options}']
-    began = time.monotonic()
-    try:
-        subprocess.run(command, env=env, cwd=scratch, check=True)
-        seconds = time.monotonic() - began
-        manifest = json.loads((scratch / "runs" / "latest" / "manifest.json").read_text())
-        assert manifest["status"] == "completed", manifest
-    finally:
-        stop_superlink(ports[0])
-    lines = (scratch / "runs" / "latest" / "history.jsonl").read_text().splitlines()
-    return seconds, [json.loads(line) for line in lines]
-
-
-def stop_superlink(port: str) -> None:
-    """Stop the local SuperLink that `flwr run` left running on our own port."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        if "--port" in words and port in words and any("superlink" in word for word in words):
-            os.kill(int(entry.name), signal.SIGTERM)
 
 
 def threshold_dice(cases: list[Case]) -> tuple[int, float, float]:
@@ -97,15 +43,6 @@ def threshold_dice(cases: list[Case]) -> tuple[int, float, float]:
     means = np.nanmean(per_case, 0)
     best = int(means.argmax())
     return int(levels[best]), float(means[best]), score(*counts.sum(0)[best])["dice"]
-
-
-def processor() -> str:
-    """Name of the processor and number of cores."""
-    text = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"model name\s*: (.*)", text)
-    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
-    cores = len(os.sched_getaffinity(0))
-    return f"{found.group(1) if found else platform.machine()}, {cores} cores, {', '.join(flags)}"
 
 
 def main() -> None:
@@ -145,9 +82,7 @@ def main() -> None:
             f"| {title} ({b['cases']}) | {numbers} | {dice:.3f} ({pooled:.3f}) at {level} HU |"
         )
     text = "\n".join(rows) + "\n"
-    print(text)
-    name = f"{datetime.date.today()}-phantoms{'-long' if arguments.long else ''}.md"
-    (ROOT / "benchmarks" / "results" / name).write_text(text)
+    write_result(f"phantoms{'-long' if arguments.long else ''}", text)
 
 
 if __name__ == "__main__":

@@ -102,25 +102,46 @@ def check(
     directory: Annotated[Path, typer.Argument(help="A site's folder.")],
     as_json: Json = False,
 ) -> None:
-    """Check a site's folder: exit 0 clean, 1 problems found, 2 unusable arguments."""
+    """Check a site's folder: exit 0 clean (notes are), 1 problems found, 2 unusable arguments."""
     from fedseg.data.check import check_folder
     from fedseg.site_config import load_site_config
 
-    site = load_site_config({}, folder=directory)
-    report = check_folder(directory, layout=site.layout, label_map=site.label_map)
+    def show(done: int, cases: int) -> None:
+        if sys.stderr.isatty():
+            end = "\r" if done < cases else "\r\033[K"
+            print(f"{done} of {cases} cases", end=end, file=sys.stderr, flush=True)
+
+    report = check_folder(directory, load_site_config({}, folder=directory), on_case=show)
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
         for finding in report.findings:
             print(finding)
-        regions = ", ".join(f"{count} with {name}" for name, count in report.annotated.items())
-        print(f"{report.usable} of {report.cases} cases usable ({regions})")
+        if report.findings:
+            counts = report.counts.items()
+            print(", ".join(f"{n} {name}{'s' if n != 1 else ''}" for name, n in counts))
+        print(report.summary)
     raise typer.Exit(0 if report.clean else 1)
 
 
 @app.command()
+def fingerprint(
+    directory: Annotated[Path, typer.Argument(help="A site's folder.")],
+) -> None:
+    """Print the very bytes that a study would get to know about this folder, and nothing else."""
+    from fedseg.config import StudyConfig
+    from fedseg.data.measure import site_fingerprint
+    from fedseg.data.node import open_site
+
+    site = open_site({"data-dir": str(directory)}, StudyConfig())
+    sys.stdout.write(site_fingerprint(site).to_json())
+
+
+@app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Scans (.nii, .nii.gz) or folders.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Scans (.nii, .nii.gz, DICOM series) or folders.")
+    ],
     model: ModelFile,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the masks.")],
     device: Device = "auto",

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedseg.config import StudyConfig
+from fedseg.data.measure import site_fingerprint
 from fedseg.data.node import Site, SiteCases, load_cases, open_site, own_name
 from fedseg.data.patches import batches
 from fedseg.data.plan import Plan
@@ -84,7 +85,7 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
             reason = Reason.ERROR
             log.exception("a task failed")
         status = "refused" if reason.refused else "failed"
-        if message.metadata.message_type.startswith("query"):
+        if message.metadata.message_type == "query.hello":
             return greeting_message(message, _apology(context, reason))
         return answer_message(message, status=status, reason=reason)
 
@@ -112,6 +113,14 @@ def hello(message: Message, context: Context, study: StudyConfig) -> Message:
     return greeting_message(message, greeting)
 
 
+@app.query("fingerprint")
+@answered
+def fingerprint(message: Message, context: Context, study: StudyConfig) -> Message:
+    """Answer with the histograms that the site's policy lets leave."""
+    found = site_fingerprint(open_site(context.node_config, study))
+    return answer_message(message, status="ok", fingerprint=found.to_json())
+
+
 @app.train()
 @answered
 def train(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -126,13 +135,13 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
     kept = _state_folder(site, task)
     if study.train.optimizer_state == "keep":
         load_optimizer(optimizer, kept / f"round-{task.round_number - 1}")
-    steps = steps_in_round(study.train, len(cases.training))
+    steps = steps_in_round(study.train, len(cases.training), plan.batch_size)
     report = fit(
         network,
         batches(
             cases.training,
             steps=steps,
-            batch_size=study.train.batch_size,
+            batch_size=plan.batch_size,
             patch_size=plan.patch_size,
             foreground=study.train.foreground,
             augmentation=study.train.augmentation,

@@ -122,7 +122,9 @@ class ModelConfig(Section):
 
     name: str = Field("unet", description="unet, attention-unet, unet++ or pkg.mod:function")
     width: int = Field(16, ge=2, le=256, description="channels of the first level, doubled a level")
-    depth: int = Field(5, ge=2, le=7, description="levels of resolution; unet++ has 5")
+    depth: int | None = Field(
+        None, ge=2, le=7, description="levels of resolution; empty: planned; unet++ has 5"
+    )
     init_from: str | None = Field(None, description="start from this .safetensors of fedseg")
 
 
@@ -135,10 +137,16 @@ class TrainConfig(Section):
         None, ge=1, description="optimiser steps an epoch; empty: `patches-per-case` decides"
     )
     patches_per_case: int = Field(4, ge=1, description="patches an epoch takes from a case")
-    batch_size: int = Field(2, ge=1, description="patches a step")
-    patch_size: Voxels = Field((64, 64, 64), description="patch in voxels, x,y,z")
-    spacing: Millimetres = Field((3.0, 3.0, 3.0), description="voxel size of the plan in mm, x,y,z")
-    ct_window: Pair = Field((-150.0, 250.0), description="CT is clipped to this window, HU")
+    batch_size: int | None = Field(None, ge=1, description="patches a step; empty: planned")
+    patch_size: Voxels | None = Field(
+        None, description="patch in voxels, x,y,z; empty: planned for the smallest device"
+    )
+    spacing: Millimetres | None = Field(
+        None, description="voxel size in mm, x,y,z; empty: planned from the sites' fingerprints"
+    )
+    ct_window: Pair | None = Field(
+        None, description="CT is clipped to this window, HU; empty: planned from the liver's HU"
+    )
     mr_percentiles: Pair = Field((1.0, 99.0), description="MR is clipped to these percentiles")
     inference_patch: Voxels | None = Field(
         None, description="sliding window in voxels; empty: patch-size"
@@ -170,12 +178,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> "TrainConfig":
-        for key, (low, high) in (
+        for key, pair in (
             ("train.ct-window", self.ct_window),
             ("train.mr-percentiles", self.mr_percentiles),
         ):
-            if not low < high:
-                raise ValueError(f"{key}: got {low},{high}; expected lower,upper")
+            if pair is not None and not pair[0] < pair[1]:
+                raise ValueError(f"{key}: got {pair[0]},{pair[1]}; expected lower,upper")
         if not 0 <= self.mr_percentiles[0] < self.mr_percentiles[1] <= 100:
             raise ValueError(f"train.mr-percentiles: got {self.mr_percentiles}; expected 0 to 100")
         for key, size in (
@@ -184,7 +192,7 @@ class TrainConfig(Section):
         ):
             if size is not None and min(size) < 1:
                 raise ValueError(f"{key}: got {size}; expected at least 1 voxel")
-        if not min(self.spacing) > 0:
+        if self.spacing is not None and not min(self.spacing) > 0:
             raise ValueError(f"train.spacing: got {self.spacing}; expected sizes over 0 mm")
         return self
 

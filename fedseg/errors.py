@@ -9,6 +9,7 @@ FedSegError
 └── StudyError       the run can't start or go on
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -23,6 +24,8 @@ __all__ = [
     "SiteError",
     "StudyError",
 ]
+
+_EXPECTED = re.compile(", expected | but image is ")
 
 
 class FedSegError(Exception):
@@ -52,6 +55,16 @@ class CaseError(DataError):
         self.path = Path(path)
         self.what = what
         self.mend = mend
+
+    @property
+    def got(self) -> str:
+        """First part of `what`: what was got."""
+        return _EXPECTED.split(self.what, maxsplit=1)[0]
+
+    @property
+    def expected(self) -> str:
+        """Second part of `what`, `""` where it goes without saying."""
+        return "".join(_EXPECTED.split(self.what, maxsplit=1)[1:])
 
 
 class ModelError(FedSegError):
@@ -83,6 +96,7 @@ class Reason(StrEnum):
     POLICY_CUSTOM_CODE = "policy-custom-code"
     POLICY_MIN_CASES = "policy-min-cases"
     POLICY_MAX_BYTES = "policy-max-bytes"
+    POLICY_FINGERPRINT = "policy-fingerprint"
 
     @property
     def refused(self) -> bool:
@@ -108,6 +122,7 @@ REASONS: dict[Reason, str] = {
     Reason.ERROR: "it failed; its own log says why",
     Reason.POLICY_CUSTOM_CODE: "its policy forbids code from outside fedseg (allow-custom-code)",
     Reason.POLICY_MIN_CASES: "it has fewer cases than its policy's min-cases",
+    Reason.POLICY_FINGERPRINT: "its policy shares no fingerprint; it still trains",
     Reason.POLICY_MAX_BYTES: "the update is larger than its policy's max-bytes",
 }
 

@@ -2,7 +2,7 @@
 
 Server to site: `arrays` (shared floats), `buffers` (integer state, where the network has any),
 `config` (see `Task`). Site to server: `update` (change of the shared floats), `metrics` (numbers
-under declared keys), `status` (ok, failed or refused, and a reason code).
+under declared keys), `status` (ok, failed or refused, and a reason code), `fingerprint`.
 """
 
 import io
@@ -23,6 +23,7 @@ from fedseg.site_config import valid_site_name
 __all__ = [
     "ARRAYS",
     "CONFIG",
+    "FINGERPRINT",
     "TRAIN_METRICS",
     "Answer",
     "Greeting",
@@ -38,6 +39,7 @@ __all__ = [
 
 ARRAYS, BUFFERS, CONFIG = "arrays", "buffers", "config"
 UPDATE, METRICS, STATUS, SITE = "update", "metrics", "status", "site"
+FINGERPRINT = "fingerprint"
 
 TRAIN_METRICS = ("cases", "patches", "steps", "loss", "seconds", "skipped")
 """Numbers a site sends about training; about evaluation it sends `metrics.empty_sums`."""
@@ -213,8 +215,12 @@ def answer_message(
     reason: Reason | None = None,
     metrics: Mapping[str, float] | None = None,
     update: Mapping[str, torch.Tensor] | None = None,
+    fingerprint: str | None = None,
 ) -> Message:
-    """Pack a site's answer: numbers under declared keys, and no text but status and reason."""
+    """Pack a site's answer: numbers under declared keys, and no text but status and reason.
+
+    A fingerprint is JSON of numbers, the very bytes that `fedseg fingerprint` prints.
+    """
     content = RecordDict(
         {
             STATUS: ConfigRecord({"status": status, "reason": reason.value if reason else ""}),
@@ -223,6 +229,8 @@ def answer_message(
     )
     if update is not None:
         content[UPDATE] = state_to_arrays(update)
+    if fingerprint is not None:
+        content[FINGERPRINT] = ConfigRecord({"json": fingerprint})
     return Message(content, reply_to=to)
 
 

@@ -19,7 +19,9 @@ from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
 from fedseg.data.held_out import server_cases
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan, needs_fingerprints
 from fedseg.errors import FedSegError, ModelError, StudyError
+from fedseg.federation.fingerprints import collect_fingerprints
 from fedseg.federation.rounds import Federation, ServerEvaluation, Summary, run_rounds
 from fedseg.federation.run_folder import RunFolder, new_run_id
 from fedseg.federation.sites import find_sites
@@ -75,9 +77,17 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     """
     study = StudyConfig.from_run_config(context.run_config)
     set_threads(None)
-    plan = Plan.from_config(study)
+    # Planned without fingerprints first: a name or size that can't be is an error before a site
+    # is asked for anything.
+    plan = make_plan(study)
     network, strategy = _parts(study, plan)
     sites = find_sites(grid, study)
+    fingerprints = {}
+    if needs_fingerprints(study):
+        deadline = study.federation.round_deadline
+        fingerprints = collect_fingerprints(grid, sites, deadline=deadline)
+        plan = make_plan(study, list(fingerprints.values()))
+        network, strategy = _parts(study, plan)
     folder = RunFolder(study, plan, new_run_id())
     log.info("run folder: %s", folder.path)
     log.info("%d sites: %s", len(sites), ", ".join(site.name for site in sites))
@@ -88,7 +98,9 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         flwr_runs=[context.run_id],
         sites={s.name: {"verified": s.verified, "simulated": s.simulated} for s in sites},
         parameters=parameter_count(network),
+        fingerprints=sorted(fingerprints),
     )
+    _log_plan(plan)
     try:
         federation = Federation(
             grid=grid,
@@ -111,6 +123,17 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     print(result_table(history), flush=True)
     print(f"Run folder: {folder.path}", flush=True)
     return folder
+
+
+def _log_plan(plan: Plan) -> None:
+    spacing, patch = (
+        " x ".join(f"{n:g}" for n in part) for part in (plan.spacing, plan.patch_size)
+    )
+    low, high = plan.ct_window
+    log.info(
+        "plan: %s mm, patch %s, batch %d, CT window %g to %g HU; reasons in plan.json",
+        *(spacing, patch, plan.batch_size, low, high),
+    )
 
 
 def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:

@@ -14,6 +14,7 @@ from fedseg.errors import ConfigError, DataError
 from fedseg.registry import did_you_mean
 
 __all__ = [
+    "LabelMap",
     "PolicyConfig",
     "SiteConfig",
     "fedseg_home",
@@ -23,7 +24,13 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[a-z0-9-]{1,32}")
-_LABEL = {"0": 0, "1": 1, "2": 2}
+_LABEL = {
+    **{"0": 0, "1": 1, "2": 2},
+    **{"background": 0, "liver": 1, "tumor": 2, "tumour": 2},
+}
+LabelMap = Mapping[int | str, int]
+"""Mask value, or name in lower case, to label 0 background, 1 liver, 2 tumor."""
+
 _FLOWER_KEYS = {"partition-id", "num-partitions", "site-config"}
 
 
@@ -52,16 +59,29 @@ def _regions(value: object) -> object:
 
 
 def _label_map(value: object) -> object:
-    """Parse `{"3" = 1}` of site.toml, or `"3:1,4:2"` of node-config, into numbers."""
+    """Parse `{"3" = 1, cancer = "tumor"}` of site.toml, or `"3:1,cancer:tumor"` of node-config."""
     pairs = value.items() if isinstance(value, Mapping) else None
     if isinstance(value, str):
-        pairs = [part.split(":") for part in value.split(",")]  # type: ignore[assignment]
+        pairs = [part.rsplit(":", 1) for part in value.split(",")]  # type: ignore[assignment]
     if pairs is None:
         return value
     try:
-        return {int(old): _LABEL[str(new).strip()] for old, new in pairs}
+        return {_mask_value(old): _LABEL[str(new).strip().lower()] for old, new in pairs}
     except (ValueError, KeyError):
-        raise ValueError('pairs of mask value and label 0, 1 or 2, as "3:1,4:2"') from None
+        raise ValueError(
+            'pairs of mask value and label 0, 1 or 2, as "3:1,4:2", or of names, as '
+            '"liver:liver,cancer:tumor"'
+        ) from None
+
+
+def _mask_value(given: object) -> int | str:
+    text = str(given).strip().lower()
+    if not text:
+        raise ValueError("no mask value")
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 class PolicyConfig(Section):
@@ -69,6 +89,16 @@ class PolicyConfig(Section):
 
     min_cases: int = Field(1, ge=1, description="fewest cases the site trains with")
     max_bytes: int | None = Field(None, ge=1, description="most bytes of an update a round")
+    min_count: int = Field(
+        5, ge=1, description="fewest cases or lesions a number of the fingerprint stands for"
+    )
+    fingerprint_min_cases: int = Field(
+        1, ge=1, description="fewer cases share no fingerprint; the site still trains"
+    )
+    share_fingerprint: bool = Field(True, description="whether the fingerprint may leave")
+    fingerprint_epsilon: float | None = Field(
+        None, gt=0, description="Laplace noise on the fingerprint; empty: none"
+    )
     allow_custom_code: bool = Field(
         False, description="whether pkg.mod:function of a study may be imported"
     )
@@ -79,14 +109,14 @@ class SiteConfig(Section):
 
     name: str | None = Field(None, description="[a-z0-9-], 32 at most; a registered name wins")
     data_dir: str | None = Field(None, description="folder of the site's cases")
-    layout: str = Field("auto", description="auto, images-masks")
+    layout: str = Field("auto", description="auto, images-masks, lits, msd, nnunet, bids, dicom")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     cache_dir: str | None = Field(None, description="preprocessed cases; empty: ~/.fedseg/cache")
     labels: Annotated[tuple[Literal["liver", "tumor"], ...], BeforeValidator(_regions)] = Field(
         ("liver", "tumor"), description="regions the site annotates"
     )
-    label_map: Annotated[dict[int, int] | None, BeforeValidator(_label_map)] = Field(
-        None, description="mask value to label where they differ from 0, 1, 2"
+    label_map: Annotated[dict[int | str, int] | None, BeforeValidator(_label_map)] = Field(
+        None, description="mask value or name to label where they differ from 0, 1, 2"
     )
     modality: Literal["auto", "ct", "mr"] = Field(
         "auto", description="auto: CT where a scan has voxels under -200"

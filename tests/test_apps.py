@@ -13,7 +13,8 @@ import torch
 from flwr.app import Array, Context, Message, RecordDict
 from safetensors.torch import load_file
 
-from fedseg import client_app, server_app
+from fedseg import cli, client_app, server_app
+from fedseg.data.fingerprint import EDGES, Fingerprint
 from fedseg.errors import ConfigError, ModelError, Reason, StudyError
 from fedseg.messages import TRAIN_METRICS
 from fedseg.segmentation.metrics import empty_sums
@@ -133,7 +134,15 @@ class TestWhatLeaves:
             assert site["name"] in ("", "aachen", "bonn", "chemnitz")
             assert site["reason"] in ("", *list(Reason))
             return
-        assert set(content) <= {"status", "metrics", "update"}
+        assert set(content) <= {"status", "metrics", "update", "fingerprint"}
+        if kind == "query.fingerprint" and content["status"]["status"] == "ok":
+            assert set(content["fingerprint"]) == {"json"}
+            found = json.loads(content["fingerprint"]["json"])
+            assert set(found) == set(Fingerprint.model_fields)
+            assert set(found["histograms"]) == set(EDGES)
+            assert found["device"] in ("cpu", "cuda", "mps")
+            assert set(found["held_back"]) <= {*EDGES, "ct", "mr", "liver", "tumor"}
+            return
         assert set(content["status"]) == {"status", "reason"}
         assert content["status"]["status"] in ("ok", "failed", "refused")
         assert content["status"]["reason"] in ("", *list(Reason))
@@ -150,6 +159,7 @@ class TestWhatLeaves:
         _, grid = run_study(three_sites)
         assert {m.metadata.message_type for m in grid.received} == {
             "query.hello",
+            "query.fingerprint",
             "train",
             "evaluate",
         }
@@ -514,3 +524,71 @@ def test_a_start_from_a_model_file(run_study: Run, three_sites: dict[int, Any]) 
     assert all(torch.equal(state[name], weights(first)[name]) for name in state)
     with pytest.raises(ModelError, match="its network is unet of width 4 and depth 3"):
         run_study(three_sites, {"model.init-from": start, "model.width": 8})
+
+
+PLANNED = {"train.spacing": "", "train.ct-window": "", "train.batch-size": ""}
+
+
+class TestFingerprints:
+    """What is empty in the config is planned from what sites let leave."""
+
+    def plan(self, folder: Any) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder.path / "plan.json").read_text())
+        return found
+
+    def test_sites_with_few_cases_hold_back_and_still_train(
+        self, run_study: Run, three_sites: dict[int, Any]
+    ) -> None:
+        folder, grid = run_study(three_sites, PLANNED)
+        assert self.plan(folder)["reasons"]["spacing"].startswith("default")
+        assert history(folder)[1]["sites"]["aachen"]["status"] == "ok"
+        answers = [m for m in grid.received if m.metadata.message_type == "query.fingerprint"]
+        for answer in answers:
+            found = Fingerprint.from_json(answer.content["fingerprint"]["json"])
+            assert found.ct == 0 and "spacing.x" in found.held_back
+
+    def test_sites_that_allow_it_are_planned_for(
+        self, run_study: Run, three_sites: dict[int, Any]
+    ) -> None:
+        sites = {node: {**c, "policy.min-count": 1} for node, c in three_sites.items()}
+        folder, _ = run_study(sites, PLANNED)
+        plan = self.plan(folder)
+        assert plan["spacing"] == pytest.approx([3, 3, 3], rel=0.06)
+        low, high = plan["ct_window"]
+        assert -30 < low < 60 and 140 < high < 220
+        manifest = json.loads((folder.path / "manifest.json").read_text())
+        assert manifest["fingerprints"] == ["aachen", "bonn", "chemnitz"]
+
+    def test_a_site_that_shares_none_still_trains(
+        self, run_study: Run, three_sites: dict[int, Any]
+    ) -> None:
+        three_sites[22]["policy.share-fingerprint"] = False
+        three_sites[33]["policy.fingerprint-min-cases"] = 99
+        folder, _ = run_study(three_sites, PLANNED)
+        manifest = json.loads((folder.path / "manifest.json").read_text())
+        assert manifest["fingerprints"] == ["aachen"]
+        assert history(folder)[1]["sites"]["bonn"]["status"] == "ok"
+        assert history(folder)[1]["sites"]["chemnitz"]["status"] == "ok"
+
+    def test_a_fixed_plan_asks_for_nothing(
+        self, run_study: Run, three_sites: dict[int, Any]
+    ) -> None:
+        fixed = {"train.spacing": "3,3,3", "train.ct-window": "-100,200", "train.batch-size": 2}
+        _, grid = run_study(three_sites, fixed)
+        assert not any(m.metadata.message_type == "query.fingerprint" for m in grid.sent)
+
+    def test_the_command_prints_the_bytes_that_leave(
+        self,
+        run_study: Run,
+        three_sites: dict[int, Any],
+        capsysbinary: pytest.CaptureFixture[bytes],
+    ) -> None:
+        _, grid = run_study(three_sites, PLANNED)
+        sent = next(
+            m.content["fingerprint"]["json"]
+            for m in grid.received
+            if m.metadata.message_type == "query.fingerprint" and m.metadata.src_node_id == 11
+        )
+        capsysbinary.readouterr()
+        cli.fingerprint(Path(three_sites[11]["data-dir"]))
+        assert capsysbinary.readouterr().out == sent.encode()

@@ -62,7 +62,7 @@ def test_empty_text_means_unset(key: str) -> None:
     [
         ("train.batch-size", 0, "train.batch-size: got 0; expected at least 1"),
         ("train.batch-size", 2.5, "train.batch-size: got 2.5; expected a"),
-        ("train.batch-size", "", "train.batch-size: got ''; expected a"),
+        ("train.batch-size", "two", "train.batch-size: got 'two'; expected a"),
         ("train.batch-size", True, "train.batch-size: got True; expected a"),
         ("train.learning-rate", "fast", "train.learning-rate: got 'fast'; expected a number"),
         ("train.learning-rate", 0, "train.learning-rate: got 0; expected greater than 0"),
@@ -149,7 +149,7 @@ def other(value: Any) -> list[Any]:
     if isinstance(value, (int, float)):
         return [value + 1, value / 2, 0.5]
     if value == "":
-        return ["7", 7, "7,7,7"]
+        return ["7", 7, "7,7,7", "1,7"]
     return ["16,16,16", "1,2", "adamw:x", "sgd", "keep", "cosine", "poly", "fp32", "size", "native"]
 
 

@@ -13,7 +13,7 @@ from fedseg.config import StudyConfig
 from fedseg.data.cache import cached_case
 from fedseg.data.patches import batches
 from fedseg.data.phantom import KINDS, write_phantom_site
-from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.data.sites import find_cases
 from fedseg.segmentation.losses import dice_ce
 from fedseg.segmentation.models import build_model
@@ -45,7 +45,7 @@ def test_golden_loss_of_a_seeded_phantom_round(tmp_path: Path) -> None:
             "train.precision": "fp32",
         }
     )
-    plan = Plan.from_config(study)
+    plan = make_plan(study)
     cases = [cached_case(case, plan, tmp_path / "cache") for case in find_cases(tmp_path).cases]
     network = build_model(plan, seed=0)
     losses: list[float] = []

@@ -46,12 +46,22 @@ def test_every_key_of_the_file(tmp_path: Path) -> None:
         "min_cases": 3,
         "max_bytes": 100,
         "allow_custom_code": True,
+        "min_count": 5,
+        "fingerprint_min_cases": 1,
+        "share_fingerprint": True,
+        "fingerprint_epsilon": None,
     }
 
 
 @pytest.mark.parametrize("text", ['"liver, tumor"', '["liver", "tumor"]', '"liver,tumor"'])
 def test_labels_as_text_or_as_a_list(tmp_path: Path, text: str) -> None:
     assert from_toml(tmp_path, f"labels = {text}").labels == ("liver", "tumor")
+
+
+def test_label_map_by_name(tmp_path: Path) -> None:
+    for text in ('"Liver:liver, Cancer : Tumour,9:background"', "{liver = 1, cancer = 2, 9 = 0}"):
+        config = from_toml(tmp_path, f"label-map = {text}")
+        assert config.label_map == {"liver": 1, "cancer": 2, 9: 0}
 
 
 @pytest.mark.parametrize("text", ['"6:1, 7:2"', '{"6" = 1, "7" = 2}', '{6 = "1", 7 = "2"}'])
@@ -100,7 +110,7 @@ def test_a_given_folder_is_the_data_dir(tmp_path: Path) -> None:
         ("threads = '4'", "threads: got '4'; expected a"),
         ("label-map = '3:7'", 'label-map: .*pairs of mask value and label 0, 1 or 2, as "3:1,4:2"'),
         ("label-map = '3'", "label-map: .*pairs of mask value"),
-        ("label-map = 'a:1'", "label-map: .*pairs of mask value"),
+        ("label-map = ':1'", "label-map: .*pairs of mask value"),
         ("label-map = {3 = [1]}", "label-map: .*pairs of mask value"),
         ("label-map = 3", "label-map: got 3; expected a"),
         ("policy.allow-custom-code = 'yes'", "policy.allow-custom-code: got 'yes'; expected a"),

@@ -15,18 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
+from fedseg.data.cases import Case, files_of
 from fedseg.data.plan import REGIONS, Plan
 from fedseg.data.preprocess import Modality, Placement, check_size, prepare, prepare_labels
-from fedseg.data.sites import Case
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.errors import CaseError, DataError
+from fedseg.site_config import LabelMap
 
-__all__ = ["CachedCase", "cached_case"]
+__all__ = ["CachedCase", "cache_bytes", "cached_case"]
 
 _VERSION = 1
 """Raise it when preprocessing changes: old entries are then not found."""
 
 _MAX_FOREGROUND = 20_000
+
+_RECIPES_KEPT = 2
+"""Plans a case is kept for: two studies side by side don't undo each other's work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ def cached_case(
     cache: Path,
     *,
     modality: Modality = "auto",
-    label_map: dict[int, int] | None = None,
+    label_map: LabelMap | None = None,
 ) -> CachedCase:
     """Open a case's arrays, making them first where file, plan or code are new.
 
@@ -62,10 +66,12 @@ def cached_case(
         CaseError: The case can't be used.
         DataError: The cache can't be written.
     """
-    folder = cache / "cases" / _key(case, plan, modality, label_map)
+    folder = cache / "cases" / _place(case) / _recipe(case, plan, modality, label_map)
     if folder.is_dir():
         try:
-            return _open(folder)
+            found = _open(folder)
+            os.utime(folder)  # the least recently used recipe goes first
+            return found
         except (OSError, EOFError, ValueError, KeyError):
             # A power cut can leave empty files behind a finished rename.
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,7 +84,22 @@ def cached_case(
         raise DataError(
             f"{cache}: can't write the cache ({reason}); free space or set cache-dir"
         ) from None
+    _evict(folder.parent)
     return _open(folder)
+
+
+def cache_bytes(cache: Path) -> int:
+    """Bytes that preprocessed cases take."""
+    files = (cache / "cases").glob("*/*/*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _evict(entries: Path) -> None:
+    """Keep the recipes of a case that were used last; an open array outlives its file."""
+    folders = [path for path in entries.iterdir() if not path.name.startswith(".")]
+    folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in folders[_RECIPES_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _open(folder: Path) -> CachedCase:
@@ -96,21 +117,32 @@ def _open(folder: Path) -> CachedCase:
     )
 
 
-def _key(case: Case, plan: Plan, modality: Modality, label_map: dict[int, int] | None) -> str:
+def _place(case: Case) -> str:
+    """Name of a case's entries: where it lies, so that a changed file replaces its old entry."""
+    return _digest([str(path.resolve()) for path in (case.image, case.mask)])
+
+
+def _recipe(case: Case, plan: Plan, modality: Modality, label_map: LabelMap | None) -> str:
+    """Name of one entry: identity of the files, plan and code."""
     identity = []
     for path in (case.image, case.mask):
         try:
-            stat = path.stat()
+            stats = [file.stat() for file in files_of(path)]
         except OSError:
             raise CaseError(path, "no such file", "correct the path") from None
-        identity.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+        identity.append([[stat.st_size, stat.st_mtime_ns] for stat in stats])
     steps = plan.model_dump(include={"spacing", "ct_window", "mr_percentiles", "patch_size"})
-    content = [_VERSION, identity, steps, modality, sorted((label_map or {}).items())]
+    return _digest(
+        [_VERSION, identity, steps, modality, sorted((label_map or {}).items(), key=str)]
+    )
+
+
+def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _make(
-    folder: Path, case: Case, plan: Plan, modality: Modality, label_map: dict[int, int] | None
+    folder: Path, case: Case, plan: Plan, modality: Modality, label_map: LabelMap | None
 ) -> None:
     scan = read_image(case.image)
     mask = read_mask(case.mask, image=scan, label_map=label_map)

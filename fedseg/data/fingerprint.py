@@ -13,11 +13,8 @@ from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from scipy import ndimage
 
 from fedseg.config import readable
-from fedseg.data.plan import REGIONS
-from fedseg.data.volumes import Volume
 from fedseg.errors import ConfigError
 
 __all__ = [
@@ -27,8 +24,8 @@ __all__ = [
     "Fingerprint",
     "Histogram",
     "add_fingerprints",
+    "bin_of",
     "fingerprint_of",
-    "measure",
     "quantile",
     "resolution",
 ]
@@ -53,8 +50,6 @@ EDGES: dict[str, np.ndarray] = {
     "lesion.ml": _LESION,
 }
 """Quantity to bin edges: HU; voxel size in mm; size of the body in mm; volume of a lesion in mL."""
-
-_AIR_HU = -400.0
 
 _Mass = Annotated[float, Field(ge=0, le=1e7)]
 _Count = Annotated[int, Field(ge=0, le=10**7)]
@@ -107,7 +102,7 @@ class Fingerprint(BaseModel):
     memory_gb: Annotated[int, Field(ge=1, le=4096)] = 1
 
     @model_validator(mode="after")
-    def _known_bins(self) -> "Fingerprint":
+    def _knownbin_of(self) -> "Fingerprint":
         for name, histogram in self.histograms.items():
             if name not in EDGES:
                 raise ValueError(f"fingerprint: unknown quantity '{name[:32]}'")
@@ -137,51 +132,10 @@ class Fingerprint(BaseModel):
             raise ConfigError(readable(error, prefix="fingerprint.")) from None
 
 
-def measure(
-    scan: Volume, labels: np.ndarray, *, modality: Literal["ct", "mr"], annotated: Sequence[str]
-) -> CaseMeasure:
-    """Measure one case.
-
-    Args:
-        scan: The scan; HU where it is CT.
-        labels: Its mask `[X, Y, Z]`.
-        modality: Settled modality: MR has no HU histogram.
-        annotated: Regions the site annotates.
-    """
-    found: CaseMeasure = {}
-    body = scan.array > (_AIR_HU if modality == "ct" else scan.array.mean())
-    if modality == "ct":
-        found["body.hu"] = _shares("body.hu", scan.array[body])
-        for region in annotated:
-            inside = scan.array[labels >= REGIONS[region]]
-            if inside.size:
-                found[f"{region}.hu"] = _shares(f"{region}.hu", inside)
-    for axis, name in enumerate("xyz"):
-        found[f"spacing.{name}"] = _shares(f"spacing.{name}", np.array([scan.spacing[axis]]))
-        others = tuple(other for other in range(3) if other != axis)
-        where = np.flatnonzero(body.any(axis=others))
-        extent = (where[-1] - where[0] + 1) * scan.spacing[axis] if where.size else 0.0
-        found[f"extent.{name}"] = _shares(f"extent.{name}", np.array([extent]))
-    if "tumor" in annotated and (labels == 2).any():
-        found["lesion.ml"] = _lesions(labels == 2, math.prod(scan.spacing) / 1000)
-    return found
-
-
-def _bins(name: str, values: np.ndarray) -> np.ndarray:
+def bin_of(name: str, values: np.ndarray) -> np.ndarray:
+    """Index of the bin of each value; what lies outside falls into the first or last bin."""
     edges = EDGES[name]
     return np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-
-
-def _shares(name: str, values: np.ndarray) -> dict[int, float]:
-    counts = np.bincount(_bins(name, values))
-    return {int(i): float(counts[i] / values.size) for i in np.flatnonzero(counts)}
-
-
-def _lesions(tumor: np.ndarray, ml_per_voxel: float) -> dict[int, float]:
-    components, _ = ndimage.label(tumor, structure=np.ones((3, 3, 3)))
-    volumes = np.bincount(components.ravel())[1:] * ml_per_voxel
-    counts = np.bincount(_bins("lesion.ml", volumes))
-    return {int(i): float(counts[i]) for i in np.flatnonzero(counts)}
 
 
 def fingerprint_of(
@@ -310,7 +264,7 @@ def quantile(name: str, histogram: Histogram, q: float) -> float | None:
 def resolution(name: str, histogram: Histogram, value: float) -> float:
     """Width of the bins that were merged around a value: the bound on how far it may be off."""
     edges = EDGES[name]
-    index = int(_bins(name, np.array([value]))[0])
+    index = int(bin_of(name, np.array([value]))[0])
     starts = np.array([0, *histogram.groups])
     start = int(starts[starts <= index].max())
     later = [group for group in histogram.groups if group > index]

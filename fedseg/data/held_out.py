@@ -8,7 +8,7 @@ from fedseg.data.cache import CachedCase, cached_case
 from fedseg.data.phantom import UNSEEN, phantom_seeds
 from fedseg.data.phantom_sites import phantom_folder, phantom_kinds
 from fedseg.data.plan import Plan
-from fedseg.data.sites import Case, find_cases
+from fedseg.data.sites import Case, site_cases
 from fedseg.errors import CaseError, DataError
 from fedseg.site_config import SiteConfig, fedseg_home, load_site_config
 
@@ -45,8 +45,7 @@ def server_groups(
 
 
 def _server_folder(folder: Path) -> tuple[Sequence[Case], SiteConfig]:
-    config = load_site_config({}, folder=folder)
-    listing = find_cases(folder, layout=config.layout)
+    listing, config = site_cases(folder, load_site_config({}, folder=folder))
     if listing.problems:
         raise DataError(f"data.server-dir: {listing.problems[0]}")
     return listing.cases, config

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from fedseg.config import Scalar, StudyConfig
-from fedseg.data.cache import CachedCase, cached_case
+from fedseg.data.cache import CachedCase, cache_bytes, cached_case
 from fedseg.data.partition import partition
 from fedseg.data.phantom import phantom_seeds
 from fedseg.data.phantom_sites import phantom_folder, phantom_kinds
 from fedseg.data.plan import Plan
-from fedseg.data.sites import Case, find_cases
+from fedseg.data.sites import Case, site_cases
 from fedseg.data.volumes import read_mask
 from fedseg.errors import CaseError, ConfigError, DataError, FedSegError, Reason, SiteError
 from fedseg.site_config import (
+    LabelMap,
     PolicyConfig,
     SiteConfig,
     load_site_config,
@@ -117,7 +118,7 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
     if "partition-id" in node_config:
         log.warning("node has data-dir and partition-id: it is real, data.* doesn't apply")
     log.info("real site: data.* of the study config doesn't apply")
-    listing = find_cases(Path(config.data_dir).expanduser(), layout=config.layout)
+    listing, config = site_cases(Path(config.data_dir).expanduser(), config)
     for problem in listing.problems:
         log.warning("left out: %s", problem)
     return Site(
@@ -144,9 +145,9 @@ def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phant
     config = load_site_config(others, folder=folder)
     own_folder = study.data.partition == "folders"
     if not own_folder:  # a share of the researcher's own data has no policy of its own
-        policy = PolicyConfig(allow_custom_code=True)
+        policy = PolicyConfig(allow_custom_code=True, min_count=1)
         config = config.model_copy(update={"policy": policy})
-    listing = find_cases(folder, layout=config.layout)
+    listing, config = site_cases(folder, config)
     cases = listing.cases
     if wanted is not None:
         cases = _share(cases, wanted, sites, study, config.label_map)
@@ -199,7 +200,7 @@ def _share(
     index: int,
     sites: int,
     study: StudyConfig,
-    label_map: Mapping[int, int] | None,
+    label_map: LabelMap | None,
 ) -> tuple[Case, ...]:
     data = study.data
     loads = [0.0] * len(cases)
@@ -211,7 +212,7 @@ def _share(
     return tuple(cases[i] for i in shares[index])
 
 
-def _tumor_volume(case: Case, label_map: Mapping[int, int] | None) -> float:
+def _tumor_volume(case: Case, label_map: LabelMap | None) -> float:
     try:
         mask = read_mask(case.mask, label_map=label_map)
     except CaseError:
@@ -244,6 +245,8 @@ def load_cases(site: Site, plan: Plan, *, validation_fraction: float, seed: int)
             skipped += 1
         except DataError as error:
             raise SiteError(Reason.DATA, str(error)) from None
+    size = cache_bytes(site.config.cache) / 1024**2
+    log.info("%d usable cases, %d skipped; cache holds %.0f MB", len(usable), skipped, size)
     held_out = 0
     if validation_fraction and len(usable) > 1:
         held_out = min(max(1, round(validation_fraction * len(usable))), len(usable) - 1)

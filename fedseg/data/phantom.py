@@ -257,6 +257,7 @@ def write_phantom_site(
         _replace(targets[1], _nifti(case.mask, case.affine))
     settings = {"name": name, "layout": "images-masks", "modality": "ct", "labels": "liver,tumor"}
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+    lines += ["\n[policy]\n", "min-count = 1  # nobody to protect in a phantom\n"]
     _replace(directory / "site.toml", "".join(lines).encode())
 
 

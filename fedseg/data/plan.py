@@ -30,10 +30,12 @@ class Plan(BaseModel):
         ct_window: HU to which CT is clipped; its middle becomes 0, its ends -2 and 2.
         mr_percentiles: Percentiles inside the body which MR maps to -2 and 2.
         patch_size: Training patch in voxels.
+        batch_size: Patches a step.
         inference_patch: Sliding window in voxels.
         model: Name of the network, built-in or `pkg.mod:function`.
         width: Channels of the first level.
         depth: Number of levels.
+        reasons: Why each planned value is as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,10 +44,14 @@ class Plan(BaseModel):
     ct_window: tuple[_Bound, _Bound]
     mr_percentiles: tuple[float, float]
     patch_size: tuple[_Size, _Size, _Size]
+    batch_size: int = Field(ge=1, le=1024)
     inference_patch: tuple[_Size, _Size, _Size]
     model: str = Field(max_length=256)
     width: int = Field(ge=2, le=256)
     depth: int = Field(ge=2, le=7)
+    reasons: dict[Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=512)]] = (
+        Field(default_factory=dict, max_length=16)
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> "Plan":
@@ -59,23 +65,34 @@ class Plan(BaseModel):
         return self
 
     @classmethod
-    def from_config(cls, config: StudyConfig) -> "Plan":
-        """Fix the plan by the study config.
+    def from_config(
+        cls,
+        config: StudyConfig,
+        *,
+        spacing: tuple[float, float, float],
+        ct_window: tuple[float, float],
+        patch_size: tuple[int, int, int],
+        batch_size: int,
+        depth: int,
+        reasons: dict[str, str] | None = None,
+    ) -> "Plan":
+        """Join what was planned and what the study config says of the rest.
 
         Raises:
             ConfigError: A size, spacing or range is impossible.
         """
-        train, model = config.train, config.model
         try:
             return cls(
-                spacing=train.spacing,
-                ct_window=train.ct_window,
-                mr_percentiles=train.mr_percentiles,
-                patch_size=train.patch_size,
-                inference_patch=train.inference_patch or train.patch_size,
-                model=model.name,
-                width=model.width,
-                depth=model.depth,
+                spacing=spacing,
+                ct_window=ct_window,
+                mr_percentiles=config.train.mr_percentiles,
+                patch_size=patch_size,
+                batch_size=batch_size,
+                inference_patch=config.train.inference_patch or patch_size,
+                model=config.model.name,
+                width=config.model.width,
+                depth=depth,
+                reasons=reasons or {},
             )
         except ValidationError as error:
             raise ConfigError(readable(error, prefix="plan.")) from None

@@ -1,98 +1,21 @@
-"""Find the cases of a site's folder. One function a layout, in one table."""
+"""Find the cases of a site's folder, and what the values of its masks mean."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from dataclasses import replace
 from pathlib import Path
 
+from fedseg.data.cases import Case as Case  # at home there; own layouts get them here
+from fedseg.data.cases import Listing as Listing
+from fedseg.data.cases import nifti_stem as nifti_stem
+from fedseg.data.labels import label_map_of as label_map_of
+from fedseg.data.layouts import LAYOUTS
 from fedseg.errors import ConfigError, DataError
 from fedseg.registry import resolve
+from fedseg.site_config import SiteConfig
 
-__all__ = ["LAYOUTS", "Case", "Listing", "find_cases", "nifti_stem"]
+__all__ = ["LAYOUTS", "find_cases", "site_cases"]
 
-_ENDINGS = (".nii.gz", ".nii")
-_SUFFIXES = ("_0000", "_img", "_image", "_seg", "-seg", "_mask", "_label")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One scan and its mask. The paths never leave the site."""
-
-    image: Path
-    mask: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What a layout found: complete cases, and one line for each file it can't pair."""
-
-    cases: tuple[Case, ...]
-    problems: tuple[str, ...] = ()
-
-
-Layout = Callable[[Path], Listing]
-
-
-def nifti_stem(path: Path) -> str | None:
-    """Return the file name without `.nii` or `.nii.gz`, or None where it is no NIfTI name."""
-    for ending in _ENDINGS:
-        if path.name.endswith(ending) and not path.name.startswith("."):
-            return path.name[: -len(ending)]
-    return None
-
-
-def _pairing_stem(path: Path) -> str | None:
-    stem = nifti_stem(path)
-    if stem is None:
-        return None
-    for suffix in _SUFFIXES:
-        stem = stem.removesuffix(suffix)
-    return stem
-
-
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        stem = _pairing_stem(path)
-        if stem is not None:
-            found.setdefault(stem, []).append(path)
-    return found
-
-
-def images_masks(root: Path) -> Listing:
-    """List `images/` and `masks/` with the same file stem (`_0000`, `_seg`, ... are ignored).
-
-    Raises:
-        DataError: One of the two folders is missing.
-    """
-    for name in ("images", "masks"):
-        if not (root / name).is_dir():
-            raise DataError(
-                f"{root}: no folder {name}/; expected images/ and masks/ with the same file names"
-            )
-    images, masks = _by_stem(root / "images"), _by_stem(root / "masks")
-    cases, problems = [], []
-    for stem, paths in images.items():
-        found = masks.get(stem, [])
-        if len(paths) > 1:
-            problems.append(
-                f"{paths[1]}: second image for {paths[0].name}; expected one; remove one"
-            )
-        elif not found:
-            problems.append(f"{paths[0]}: no mask in masks/ with this stem; add or rename the mask")
-        elif len(found) > 1:
-            names = " and ".join(path.name for path in found)
-            problems.append(f"{paths[0]}: {len(found)} masks ({names}); expected one; remove one")
-        else:
-            cases.append(Case(image=paths[0], mask=found[0]))
-    problems += [
-        f"{paths[0]}: no image in images/ with this stem; add the image or remove the mask"
-        for stem, paths in masks.items()
-        if stem not in images
-    ]
-    return Listing(cases=tuple(cases), problems=tuple(problems))
-
-
-LAYOUTS: dict[str, Layout] = {"auto": images_masks, "images-masks": images_masks}
+log = logging.getLogger(__name__)
 
 
 def find_cases(root: Path, *, layout: str = "auto") -> Listing:
@@ -114,6 +37,25 @@ def find_cases(root: Path, *, layout: str = "auto") -> Listing:
         raise DataError(f"{root}: no permission to list it; chmod it for this user") from None
     if not isinstance(listing, Listing):
         listing = Listing(cases=tuple(listing))
+    if not listing.layout:
+        listing = replace(listing, layout=layout)
     if not listing.cases and not listing.problems:
-        raise DataError(f"{root}: no cases; expected .nii or .nii.gz files in images/ and masks/")
+        raise DataError(
+            f"{root}: no cases; expected .nii or .nii.gz files, or DICOM, in layout "
+            f"{listing.layout}"
+        )
+    if layout == "auto":
+        log.info("layout: %s", listing.layout)
     return listing
+
+
+def site_cases(root: Path, config: SiteConfig) -> tuple[Listing, SiteConfig]:
+    """List a site's cases; the config that comes back has the label map which applies to them.
+
+    Raises:
+        ConfigError: The layout has no function, or its package isn't installed.
+        DataError: The folder can't be used, or a label name has no meaning.
+    """
+    listing = find_cases(root, layout=config.layout)
+    label_map = label_map_of(listing, config)
+    return listing, config.model_copy(update={"label_map": label_map})

@@ -1,9 +1,8 @@
-"""Read and write NIfTI volumes, always handing out RAS axis order and checked contents."""
+"""Read NIfTI and DICOM volumes, always as RAS axis order and checked contents; write NIfTI."""
 
 import gzip
 import os
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,17 @@ from nibabel.orientations import (
 )
 from nibabel.spatialimages import HeaderDataError
 
+from fedseg.data import dicom
+from fedseg.data.cases import is_dicom, nifti_stem
+from fedseg.data.grids import check_affine, check_apart, ras_affine
+from fedseg.data.labels import label_of_segment
 from fedseg.errors import CaseError
+from fedseg.site_config import LabelMap
 
 __all__ = ["MAX_VOXELS", "Volume", "read_image", "read_mask", "write_mask"]
 
 MAX_VOXELS = 2**30
 """A header that claims more is refused before anything is allocated."""
-
-_MAX_EXTENT = 3000.0
-"""mm along an axis; a wrong unit would resample to more voxels than memory holds."""
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
@@ -38,7 +39,8 @@ class Volume:
     Attributes:
         array: Voxels `[X, Y, Z]`; float32 for a scan, uint8 for a mask.
         spacing: Voxel size in mm.
-        stored: Header of the file, for writing a mask on the same grid.
+        stored: NIfTI header of the file, for writing a mask on the same grid; of DICOM, of the grid
+            that ITK gives the series.
         stored_shape: Shape in the file's own axis order.
         stored_affine: The file's own affine.
         path: The file, for errors.
@@ -55,6 +57,9 @@ class Volume:
 def read_image(path: Path) -> Volume:
     """Read a scan as float32 with every voxel finite.
 
+    Args:
+        path: A NIfTI file, a folder with one DICOM series, or a file of a DICOM series.
+
     Raises:
         CaseError: The file is unreadable, no 3D volume in mm, or has NaN or Inf.
     """
@@ -68,18 +73,21 @@ def read_image(path: Path) -> Volume:
 
 
 def read_mask(
-    path: Path, *, image: Volume | None = None, label_map: Mapping[int, int] | None = None
+    path: Path, *, image: Volume | None = None, label_map: LabelMap | None = None
 ) -> Volume:
     """Read a mask as uint8 labels 0 background, 1 liver, 2 tumor.
 
     Args:
-        path: The file.
+        path: A NIfTI or DICOM-SEG file.
         image: The scan it belongs to: shape and affine must agree.
-        label_map: Mask value to label, where the mask has values of its own.
+        label_map: Mask value to label, where the mask has values of its own; of a DICOM-SEG its
+            segments' names (lower case) or numbers.
 
     Raises:
         CaseError: The file is unreadable, lies on another grid, or has other values.
     """
+    if nifti_stem(path) is None and dicom.is_segmentation(path):
+        return _read_segmentation(path, image, label_map)
     volume = _read(path, np.float32)
     if image is not None:
         _check_grid(path, volume, image)
@@ -93,8 +101,8 @@ def read_mask(
             f"mask has fractions such as {odd[0]!s}, expected whole labels 0, 1, 2",
             "export a label mask, not a probability or a resampled mask",
         )
-    allowed = label_map if label_map is not None else {0: 0, 1: 1, 2: 2}
-    allowed = {0: 0, **allowed}
+    numbers = {key: label for key, label in (label_map or {}).items() if isinstance(key, int)}
+    allowed = {0: 0, **(numbers or {1: 1, 2: 2})}
     for value in values:
         if int(value) not in allowed:
             raise CaseError(
@@ -132,6 +140,8 @@ def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
 
 
 def _read(path: Path, dtype: type) -> Volume:
+    if nifti_stem(path) is None and (path.is_dir() or is_dicom(path)):
+        return _dicom_volume(path, *dicom.read_series(path, max_voxels=MAX_VOXELS))
     try:
         if not path.is_file():
             raise CaseError(path, "no such file", "correct the path")
@@ -153,7 +163,12 @@ def _read(path: Path, dtype: type) -> Volume:
         raise CaseError(
             path, f"damaged or truncated ({type(error).__name__})", "copy or export it again"
         ) from None
-    affine = np.asarray(image.affine, np.float64)
+    return _volume(path, array, image.header, np.asarray(image.affine, np.float64))
+
+
+def _volume(path: Path, array: np.ndarray, header: Any, affine: np.ndarray) -> Volume:
+    """Bring an array on the file's own grid into RAS axis order."""
+    stored_shape = tuple(array.shape)
     orientation = io_orientation(affine)
     array = apply_orientation(array, orientation)
     spacing = np.empty(3)
@@ -161,18 +176,57 @@ def _read(path: Path, dtype: type) -> Volume:
     return Volume(
         array=np.ascontiguousarray(array),
         spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
-        stored=image.header,
-        stored_shape=tuple(image.shape),
+        stored=header,
+        stored_shape=stored_shape,
         stored_affine=affine,
         path=path,
     )
+
+
+def _dicom_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> Volume:
+    check_affine(path, array.shape, affine)
+    header = nib.Nifti1Header()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    header.set_xyzt_units("mm")
+    header.set_sform(affine, "scanner")
+    header.set_qform(affine, "scanner")
+    return _volume(path, array, header, affine)
+
+
+def _read_segmentation(path: Path, image: Volume | None, label_map: LabelMap | None) -> Volume:
+    """Read a DICOM-SEG; it may cover a part of its series only."""
+    labels = _dicom_volume(
+        path,
+        *dicom.read_segmentation(
+            path,
+            lambda number, name: label_of_segment(number, name, label_map),
+            max_voxels=MAX_VOXELS,
+        ),
+    )
+    if image is None:
+        return labels
+    target, affine = (
+        ras_affine(volume.stored_affine, volume.stored_shape) for volume in (image, labels)
+    )
+    start = np.round((np.linalg.inv(target) @ affine)[:3, 3]).astype(int)
+    target[:3, 3] = target[:3, :3] @ start + target[:3, 3]
+    # Rounding the start hides half a voxel, so less than that must do.
+    check_apart(path, labels.array.shape, affine - target, 0.25 * min(image.spacing))
+    stop = start + labels.array.shape
+    if start.min() < 0 or np.any(stop > image.array.shape):
+        raise CaseError(path, "reaches outside its image", "export it on the grid of its series")
+    array = np.zeros(image.array.shape, np.uint8)
+    array[tuple(slice(*ends) for ends in zip(start, stop, strict=True))] = labels.array
+    return Volume(**{**vars(image), "array": array, "path": path})
 
 
 def _voxels(path: Path, image: Any, dtype: type) -> np.ndarray:
     """Read the voxels; memory is taken for what the file holds, not for what its header claims."""
     voxels = int(np.prod([int(n) for n in image.shape], dtype=object))
     needed = int(image.dataobj.offset) + voxels * image.get_data_dtype().itemsize
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         with gzip.open(path) as file:
             content = file.read(needed)
             file.read(2**20)  # to the end, where the checksum is; nibabel stops before it
@@ -210,41 +264,20 @@ def _check_header(path: Path, image: Any) -> None:
         raise CaseError(
             path, f"voxels of type {image.get_data_dtype()}, expected numbers", "export it again"
         )
-    _check_affine(path, shape, np.asarray(image.affine, np.float64))
-
-
-def _check_affine(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    directions = affine[:3, :3] / np.where(sizes > 0, sizes, 1)
-    finite = np.all(np.isfinite(affine)) and np.all(np.isfinite(directions))
-    if not finite or abs(np.linalg.det(directions)) < 1e-3:
-        raise CaseError(
-            path,
-            "affine is singular or not finite, expected three directions",
-            "export it with its geometry",
-        )
-    extent = sizes * shape
-    if extent.min() < 1 or extent.max() > _MAX_EXTENT:
-        raise CaseError(
-            path,
-            f"covers {' x '.join(f'{mm:.3g}' for mm in extent)} mm, expected 1 to {_MAX_EXTENT:g}",
-            "correct its voxel size: it must be in mm",
-        )
+    check_affine(path, shape, np.asarray(image.affine, np.float64))
 
 
 def _check_grid(path: Path, mask: Volume, image: Volume) -> None:
+    most = 0.5 * min(image.spacing)
+    if nifti_stem(image.path) is None and mask.array.shape == image.array.shape:
+        # Converters store a series with axes of their own: the axes may differ, the places not.
+        ours, theirs = (ras_affine(v.stored_affine, v.stored_shape) for v in (image, mask))
+        check_apart(path, image.array.shape, theirs - ours, most)
+        return
     if mask.stored_shape != image.stored_shape:
         raise CaseError(
             path,
             f"shape {mask.stored_shape} but image is {image.stored_shape}",
             "re-export the mask",
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.stored_shape])).reshape(3, -1)
-    corners = np.vstack([corners, np.ones(corners.shape[1])])
-    apart = np.linalg.norm(((mask.stored_affine - image.stored_affine) @ corners)[:3], axis=0).max()
-    if apart > 0.5 * min(image.spacing):
-        raise CaseError(
-            path,
-            f"affine puts the mask {apart:.3g} mm away from its image",
-            "re-export the mask on the image's grid",
-        )
+    check_apart(path, image.stored_shape, mask.stored_affine - image.stored_affine, most)

@@ -1,5 +1,6 @@
 """Score a network on whole volumes in their own grid."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 from fedseg.data.cache import CachedCase
 from fedseg.data.plan import Plan
 from fedseg.data.preprocess import restore
-from fedseg.data.sites import find_cases, nifti_stem
+from fedseg.data.sites import Case, nifti_stem, site_cases
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.errors import CaseError, DataError
 from fedseg.segmentation.inference import predict_labels, predict_logits
@@ -85,11 +86,11 @@ def evaluate_folder(
     Raises:
         DataError: The folder is missing or has no usable case.
     """
-    site = load_site_config({}, folder=folder)
-    listing = find_cases(folder, layout=site.layout)
+    listing, site = site_cases(folder, load_site_config({}, folder=folder))
+    names = _names(listing.cases, folder)
     skipped = list(listing.problems)
     cases: dict[str, Mapping[str, float]] = {}
-    for case in listing.cases:
+    for case, name in zip(listing.cases, names, strict=True):
         try:
             scan = read_image(case.image)
             truth = read_mask(case.mask, image=scan, label_map=site.label_map)
@@ -98,7 +99,15 @@ def evaluate_folder(
             skipped.append(str(error))
             continue
         sums = sums_of_case(labels, truth.array, annotated=site.labels)
-        cases[nifti_stem(case.image) or case.image.name] = sums
+        cases[name] = sums
     if not cases:
         raise DataError(f"{folder}: no usable case; run `fedseg check` on it")
     return FolderScores(cases=cases, skipped=tuple(skipped))
+
+
+def _names(cases: Sequence[Case], folder: Path) -> list[str]:
+    """Name cases by their file; where two would have one name, by the path in their folder."""
+    names = [nifti_stem(case.image) or case.image.name for case in cases]
+    if len(set(names)) == len(names):
+        return names
+    return [os.path.relpath(case.image, folder) for case in cases]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedseg.data.cases import holds_dicom, is_dicom, nifti_stem
 from fedseg.data.plan import Plan
 from fedseg.data.preprocess import Modality
-from fedseg.data.sites import nifti_stem
 from fedseg.data.volumes import read_image, write_mask
 from fedseg.errors import CaseError, DataError
 from fedseg.segmentation.inference import predict_labels
@@ -36,24 +36,43 @@ class Prediction:
 
 
 def scans_of(paths: Sequence[Path]) -> list[Path]:
-    """Expand folders into the NIfTI files they hold.
+    """Expand folders into the NIfTI files or the DICOM series they hold.
+
+    A folder with DICOM files is one scan; of a folder of such folders, each is one.
 
     Raises:
-        DataError: A path is missing, no NIfTI file, or there is none at all.
+        DataError: A path is missing, no scan, or there is none at all.
     """
     scans: list[Path] = []
     for path in paths:
         if path.is_dir():
-            scans += sorted(p for p in path.iterdir() if p.is_file() and nifti_stem(p))
+            scans += _scans_in(path)
         elif not path.is_file():
             raise DataError(f"{path}: no such file or folder; correct the path")
-        elif nifti_stem(path) is None:
-            raise DataError(f"{path}: not named .nii or .nii.gz; convert it")
+        elif nifti_stem(path) is None and not is_dicom(path):
+            raise DataError(f"{path}: not named .nii or .nii.gz, and no DICOM; convert it")
         else:
             scans.append(path)
     if not scans:
-        raise DataError(f"{paths[0]}: no .nii or .nii.gz file in it; give scans or their folder")
+        raise DataError(
+            f"{paths[0]}: no .nii or .nii.gz file in it and no DICOM; give scans or their folder"
+        )
     return scans
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in inside if path.is_file()]
+    scans = [path for path in files if nifti_stem(path)]
+    if scans:
+        return scans
+    if any(is_dicom(path) for path in files):
+        return [folder]
+    return [path for path in inside if path.is_dir() and holds_dicom(path)]
+
+
+def _name(scan: Path) -> str:
+    return nifti_stem(scan) or (scan.resolve().name if scan.is_dir() else scan.stem)
 
 
 def predict_files(
@@ -74,7 +93,7 @@ def predict_files(
     Raises:
         DataError: The folder can't be written, or two scans would have one mask.
     """
-    targets = [out / f"{nifti_stem(scan)}.nii.gz" for scan in scans]
+    targets = [out / f"{_name(scan)}.nii.gz" for scan in scans]
     if len(set(targets)) < len(targets):
         raise DataError(f"{out}: two scans have the same name; predict them into two folders")
     try:

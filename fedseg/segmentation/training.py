@@ -192,9 +192,9 @@ def fit(
     )
 
 
-def steps_in_round(config: TrainConfig, cases: int) -> int:
+def steps_in_round(config: TrainConfig, cases: int, batch_size: int) -> int:
     """Optimiser steps a site with this many cases does in a round."""
-    epoch = config.steps_per_epoch or math.ceil(cases * config.patches_per_case / config.batch_size)
+    epoch = config.steps_per_epoch or math.ceil(cases * config.patches_per_case / batch_size)
     return epoch * config.local_epochs
 
 

@@ -5,20 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from fedseg.config import StudyConfig
-from fedseg.data.cache import CachedCase, cached_case
+from fedseg.data.cache import CachedCase, cache_bytes, cached_case
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.data.preprocess import prepare, prepare_labels
 from fedseg.data.sites import Case
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.errors import CaseError, DataError
 
-PLAN = Plan.from_config(StudyConfig()).model_copy(update={"patch_size": (16, 16, 16)})
+PLAN = make_plan(StudyConfig()).model_copy(update={"patch_size": (16, 16, 16)})
 SHAPE = (30, 24, 20)
 
 
@@ -36,7 +38,7 @@ def write(folder: Path, seed: int = 0, *, shape: tuple[int, int, int] = SHAPE) -
 
 
 def entries(cache: Path) -> list[Path]:
-    return sorted((cache / "cases").iterdir())
+    return sorted((cache / "cases").glob("*/*"))
 
 
 def same(a: CachedCase, b: CachedCase) -> bool:
@@ -88,27 +90,47 @@ def test_second_call_opens_no_nifti(tmp_path: Path) -> None:
 
 def test_whatever_changes_the_result_makes_a_new_entry(tmp_path: Path) -> None:
     case, cache = write(tmp_path), tmp_path / "cache"
-    cached_case(case, PLAN, cache)
-    changes = [
+    seen: set[Path] = set()
+
+    def made_anew(plan: Plan = PLAN, **options: Any) -> bool:
+        cached_case(case, plan, cache, **options)
+        new = set(entries(cache)) - seen
+        seen.update(new)
+        return bool(new)
+
+    assert made_anew()
+    assert not made_anew()
+    for change in (
         {"spacing": (2.5, 3.0, 3.0)},
         {"ct_window": (-100.0, 200.0)},
         {"mr_percentiles": (2.0, 98.0)},
         {"patch_size": (20, 16, 16)},
-    ]
-    for change in changes:
-        cached_case(case, PLAN.model_copy(update=change), cache)
-    cached_case(case, PLAN, cache, modality="mr")
-    cached_case(case, PLAN, cache, label_map={1: 1, 2: 1})
-    assert len(entries(cache)) == 7
-    # What a network is like changes nothing about its input.
-    cached_case(case, PLAN.model_copy(update={"width": 4, "model": "unet++"}), cache)
-    assert len(entries(cache)) == 7
+    ):
+        assert made_anew(PLAN.model_copy(update=change))
+    assert made_anew(modality="mr")
+    assert made_anew(label_map={1: 1, 2: 1})
     for path in (case.image, case.mask):
         stat = path.stat()
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
-        count = len(entries(cache))
-        cached_case(case, PLAN, cache)
-        assert len(entries(cache)) == count + 1
+        assert made_anew()
+    # What a network is like changes nothing about its input.
+    assert not made_anew(PLAN.model_copy(update={"width": 4, "model": "unet++", "batch_size": 9}))
+
+
+def test_the_two_plans_used_last_are_kept(tmp_path: Path) -> None:
+    case, cache = write(tmp_path), tmp_path / "cache"
+    plans = [PLAN.model_copy(update={"spacing": (mm, 3.0, 3.0)}) for mm in (2.0, 2.5, 3.5)]
+    first = cached_case(case, plans[0], cache)
+    (oldest,) = entries(cache)
+    cached_case(case, plans[1], cache)
+    (second,) = set(entries(cache)) - {oldest}
+    os.utime(second, (1, 1))  # the first was used after it
+    before = np.array(first.image)
+    cached_case(case, plans[2], cache)
+    kept = entries(cache)
+    assert len(kept) == 2 and oldest in kept and second not in kept
+    assert np.array_equal(first.image, before)
+    assert cache_bytes(cache) == sum(p.stat().st_size for e in kept for p in e.iterdir())
 
 
 def test_exported_again_is_read_again(tmp_path: Path) -> None:
@@ -193,10 +215,11 @@ from pathlib import Path
 from fedseg.config import StudyConfig
 from fedseg.data.cache import cached_case
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.data.sites import Case
 from fedseg.errors import DataError
 folder = Path(sys.argv[1])
-plan = Plan.from_config(StudyConfig()).model_copy(update={"patch_size": (16, 16, 16)})
+plan = make_plan(StudyConfig()).model_copy(update={"patch_size": (16, 16, 16)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
     cached_case(Case(image=folder / "image.nii", mask=folder / "mask.nii"), plan, folder / "cache")

@@ -1,6 +1,7 @@
 """Tests of `fedseg check`: each kind of bad case, all of them at once, and the exit codes."""
 
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -15,10 +16,24 @@ import pytest
 
 from fedseg import cli
 from fedseg.data.check import check_folder
+from fedseg.data.phantom import KINDS, make_phantom
 from fedseg.errors import DataError
 
-AFFINE = np.diag([2.0, 2, 3, 1])
-SHAPE = (10, 11, 12)
+STEP = 3  # every third voxel of a phantom is a patient of 40 x 34 x 24 voxels
+
+
+@functools.cache
+def patient(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image, mask and affine of a small phantom."""
+    phantom = make_phantom(KINDS["portal"], seed)
+    every = (slice(None, None, STEP),) * 3
+    affine = phantom.affine @ np.diag([STEP, STEP, STEP, 1])
+    return phantom.image[every].copy(), phantom.mask[every].copy(), affine
+
+
+AFFINE = patient(0)[2]
+SHAPE = patient(0)[0].shape
+X, Y, Z = SHAPE
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
@@ -27,12 +42,13 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
 
 def good(root: Path, name: str) -> tuple[Path, Path]:
     """Write a good case and return its two files, for spoiling one."""
-    rng = np.random.default_rng(len(name))
+    image, mask, affine = patient(0)
     files = root / "images" / f"{name}.nii.gz", root / "masks" / f"{name}.nii.gz"
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-    save(files[0], rng.integers(-1000, 1000, SHAPE).astype(np.int16))
-    save(files[1], rng.integers(0, 3, SHAPE).astype(np.uint8))
+    rng = np.random.default_rng(list(name.encode()))  # no two cases have the same scan
+    save(files[0], image + rng.integers(0, 3, image.shape).astype(np.int16), affine)
+    save(files[1], mask, affine)
     return files
 
 
@@ -66,7 +82,7 @@ def _huge(path: Path) -> None:
 def _singular(path: Path) -> None:
     image = nib.Nifti1Image(np.zeros(SHAPE, np.int16), AFFINE)
     image.header.set_sform(np.diag([1.0, 0, 1, 1]), 1)
-    path.write_bytes(gzip.compress(image.header.binaryblock + bytes(4 + 2 * 10 * 11 * 12)))
+    path.write_bytes(gzip.compress(image.header.binaryblock + bytes(4 + 2 * X * Y * Z)))
 
 
 def _nan(value: float) -> Callable[[Path], None]:
@@ -91,8 +107,8 @@ BAD: dict[str, tuple[int, Callable[[Path], object], str]] = {
     ),
     "shape": (
         1,
-        lambda path: save(path, np.zeros((10, 11, 13), np.uint8)),
-        "shape (10, 11, 13) but image is (10, 11, 12)",
+        lambda path: save(path, np.zeros((X, Y, Z + 1), np.uint8)),
+        f"got shape {(X, Y, Z + 1)}, expected {(X, Y, Z)}; re-export the mask",
     ),
     "affine": (
         1,
@@ -109,7 +125,7 @@ BAD: dict[str, tuple[int, Callable[[Path], object], str]] = {
     "inf": (0, _nan(np.inf), "1 voxels are NaN or Inf, expected finite"),
     "2d": (0, lambda path: save(path, np.zeros((8, 8), np.int16)), "2D of shape (8, 8), expected"),
     "4d": (0, lambda path: save(path, np.zeros((*SHAPE, 2), np.int16)), "4D of shape"),
-    "slice": (0, lambda path: save(path, np.zeros((10, 11, 1), np.int16)), "expected 2 voxels"),
+    "slice": (0, lambda path: save(path, np.zeros((X, Y, 1), np.int16)), "expected 2 voxels"),
     "truncated": (0, _truncate, "damaged or truncated"),
     "truncated-mask": (1, _truncate, "damaged or truncated"),
     "truncated-nii": (0, _unpacked, "damaged or truncated: 1000 bytes, expected"),
@@ -148,10 +164,11 @@ def test_one_bad_case_is_one_finding(tmp_path: Path, kind: str) -> None:
     report = check_folder(tmp_path)
     assert not report.clean
     assert report.usable == 1
-    named = [f for f in report.findings if BAD[kind][2] in f.what]
+    named = [f for f in report.findings if BAD[kind][2] in str(f)]
     assert len(named) == 1, [str(f) for f in report.findings]
     assert kind in Path(named[0].file).name
-    assert named[0].mend
+    assert named[0].case == kind
+    assert named[0].got and named[0].expected and named[0].mend
     assert "\n" not in str(named[0])
     assert str(named[0]).startswith(f"error: {tmp_path}")
 
@@ -168,15 +185,21 @@ def test_all_bad_cases_are_listed_in_one_go(
         assert any(f"/{kind}" in line and words in line for line in lines), (kind, lines)
     paired = len(BAD) - 4
     assert lines[-1] == f"1 of {paired + 1} cases usable (1 with liver, 1 with tumor)"
-    assert all(line.startswith("error: ") for line in lines[:-1])
+    assert lines[-2] == f"{len(lines) - 2} errors, 0 warnings, 0 notes"
+    assert all(line.startswith("error: ") for line in lines[:-2])
 
     assert run("check", str(tmp_path), "--json", monkeypatch=monkeypatch) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["clean"] is False
     assert (report["cases"], report["usable"]) == (paired + 1, 1)
-    assert [f"error: {f['file']}: {f['what']}; {f['mend']}" for f in report["findings"]] == lines[
-        :-1
-    ]
+    assert report["counts"] == {"error": len(lines) - 2, "warning": 0, "note": 0}
+    assert [
+        f"error: {f['file']}: {f['what']}: got {f['got']}, expected {f['expected']}; {f['mend']}"
+        for f in report["findings"]
+    ] == lines[:-2]
+    names = [f["case"] for f in report["findings"]]
+    assert names == sorted(names)
+    assert set(names) == set(BAD)
 
 
 def test_image_and_mask_of_one_case_are_both_reported(tmp_path: Path) -> None:
@@ -184,9 +207,9 @@ def test_image_and_mask_of_one_case_are_both_reported(tmp_path: Path) -> None:
     _truncate(files[0])
     save(files[1], np.full(SHAPE, 7, np.uint8))
     good(tmp_path, "fine")
-    whats = [finding.what for finding in check_folder(tmp_path).findings]
-    assert len(whats) == 2
-    assert "truncated" in whats[0] and "label 7" in whats[1]
+    found = check_folder(tmp_path).findings
+    assert len(found) == 2
+    assert "truncated" in found[0].got and "label 7" in found[1].got
 
 
 def test_clean_folder(
@@ -194,7 +217,7 @@ def test_clean_folder(
 ) -> None:
     good(tmp_path, "one")
     _, mask = good(tmp_path, "float")
-    save(mask, np.ones(SHAPE, np.float32))
+    save(mask, np.minimum(patient(0)[1], 1).astype(np.float32))
     progress: list[tuple[int, int]] = []
     report = check_folder(tmp_path, on_case=lambda done, all: progress.append((done, all)))
     assert report.clean
@@ -204,9 +227,12 @@ def test_clean_folder(
     assert run("check", str(tmp_path), "--json", monkeypatch=monkeypatch) == 0
     assert json.loads(capsys.readouterr().out) == {
         "clean": True,
+        "layout": "images-masks",
         "cases": 2,
         "usable": 2,
+        "usable_for": {"liver": 2, "tumor": 2},
         "annotated": {"liver": 2, "tumor": 1},
+        "counts": {"error": 0, "warning": 0, "note": 0},
         "findings": [],
     }
 
@@ -215,9 +241,10 @@ def test_site_toml_of_the_folder_applies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, mask = good(tmp_path, "one")
-    save(mask, np.full(SHAPE, 7, np.uint8))
-    (tmp_path / "site.toml").write_text('label-map = "7:1"\n')
+    save(mask, (patient(0)[1] > 0).astype(np.uint8) * 7)
+    (tmp_path / "site.toml").write_text('label-map = "7:1"\nlabels = "liver"\n')
     assert run("check", str(tmp_path), monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == "1 of 1 cases usable (1 with liver, no tumor)\n"
     (tmp_path / "site.toml").write_text('label-mapp = "7:1"\n')
     assert run("check", str(tmp_path), monkeypatch=monkeypatch) == 2
     assert "did you mean 'label-map'" in capsys.readouterr().err
@@ -226,7 +253,7 @@ def test_site_toml_of_the_folder_applies(
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda root: None, "no folder images/; expected images/ and masks/"),
+        (lambda root: None, "no known layout; expected one of"),
         (lambda root: (root / "masks").mkdir(), "no folder images/"),
         (
             lambda root: [(root / "images").mkdir(), (root / "masks").mkdir()],
@@ -291,4 +318,4 @@ def test_file_names_that_are_no_utf8_are_reported(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "check", str(tmp_path)], capture_output=True, check=False
     )
     assert result.returncode == 1, result.stderr
-    assert b"ller.nii: no mask in masks/" in result.stdout
+    assert b"ller.nii: pairing: got no mask in masks/" in result.stdout

@@ -15,6 +15,7 @@ from fedseg.data.node import load_cases, open_site
 from fedseg.data.phantom import KINDS, PhantomKind
 from fedseg.data.phantom_sites import phantom_kinds
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.errors import CaseError, ConfigError, DataError, Reason, SiteError
 
 AFFINE = np.diag([3.0, 3, 3, 1])
@@ -273,7 +274,7 @@ def test_node_config_wins_over_site_toml(tmp_path: Path) -> None:
 
 @pytest.fixture
 def plan() -> Plan:
-    return Plan.from_config(study_of())
+    return make_plan(study_of())
 
 
 def break_case(folder: Path, name: str) -> None:

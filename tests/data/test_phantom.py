@@ -103,6 +103,7 @@ def test_site_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.allclose(stored.affine, made.affine)
     assert (tmp_path / "site.toml").read_text() == (
         'name = "aachen"\nlayout = "images-masks"\nmodality = "ct"\nlabels = "liver,tumor"\n'
+        "\n[policy]\nmin-count = 1  # nobody to protect in a phantom\n"
     )
 
 

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.data.preprocess import (
     Placement,
     check_size,
@@ -24,8 +25,8 @@ from fedseg.data.volumes import Volume
 from fedseg.errors import CaseError, ConfigError
 
 
-def make_plan(**changes: Any) -> Plan:
-    plan = Plan.from_config(StudyConfig())
+def a_plan(**changes: Any) -> Plan:
+    plan = make_plan(StudyConfig())
     return plan.model_copy(update={"patch_size": (16, 16, 16), **changes})
 
 
@@ -41,7 +42,7 @@ def scan_of(array: np.ndarray, spacing: tuple[float, float, float] = (3, 3, 3)) 
 
 def test_ct_window_maps_to_minus_2_and_2() -> None:
     values = np.linspace(-1000, 1000, 32 * 4 * 4).reshape(32, 4, 4)
-    prepared = prepare(scan_of(values), make_plan(patch_size=(32, 4, 4)), modality="ct")
+    prepared = prepare(scan_of(values), a_plan(patch_size=(32, 4, 4)), modality="ct")
     assert prepared.image.shape == values.shape
     assert prepared.image.dtype == np.float32
     expected = np.interp(values, [-150, 50, 250], [-2, 0, 2])
@@ -52,7 +53,7 @@ def test_mr_percentiles_map_to_minus_2_and_2_whatever_the_scale() -> None:
     rng = np.random.default_rng(0)
     body = np.zeros((20, 20, 20))
     body[2:-2, 2:-2, 2:-2] = rng.uniform(200, 1000, (16, 16, 16))
-    plan = make_plan(mr_percentiles=(10.0, 90.0), patch_size=(20, 20, 20))
+    plan = a_plan(mr_percentiles=(10.0, 90.0), patch_size=(20, 20, 20))
     prepared = prepare(scan_of(body), plan, modality="mr")
     inside = body[body > 0]
     low, high = np.percentile(inside, [10, 90])
@@ -69,14 +70,14 @@ def test_auto_takes_a_scan_with_air_for_ct() -> None:
     assert modality_of(np.array([0.0, 50]), "ct") == "ct"
     values = np.full((16, 16, 16), -1000.0)
     values[4:12] = 50
-    automatic, named = (prepare(scan_of(values), make_plan(), modality=m) for m in ("auto", "ct"))
+    automatic, named = (prepare(scan_of(values), a_plan(), modality=m) for m in ("auto", "ct"))
     assert np.array_equal(automatic.image, named.image)
 
 
 @pytest.mark.parametrize("value", [0.0, -1000.0, 40.0])
 @pytest.mark.parametrize("modality", ["auto", "ct", "mr"])
 def test_scan_without_contrast_is_taken_whole(value: float, modality: Any) -> None:
-    prepared = prepare(scan_of(np.full((18, 17, 16), value)), make_plan(), modality=modality)
+    prepared = prepare(scan_of(np.full((18, 17, 16), value)), a_plan(), modality=modality)
     assert prepared.image.shape == (18, 17, 16)
     assert np.all(np.isfinite(prepared.image))
     assert np.abs(prepared.image).max() <= 2
@@ -92,7 +93,7 @@ def test_crop_holds_the_body_and_a_patch_where_the_scan_does(data: st.DataObject
     body = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
     image = np.full(shape, -1000.0)
     image[body] = 40
-    prepared = prepare(scan_of(image), make_plan(patch_size=patch), modality="ct")
+    prepared = prepare(scan_of(image), a_plan(patch_size=patch), modality="ct")
     box = prepared.placement.box
     assert prepared.image.shape == tuple(side.stop - side.start for side in box)
     for side, part, n, least in zip(box, body, shape, patch, strict=True):
@@ -107,7 +108,7 @@ def test_crop_is_around_the_largest_part_and_leaves_the_table_out() -> None:
     image = np.full((40, 40, 40), -1000.0)
     image[10:30, 8:26, 5:35] = 40
     image[:, 36:38, :] = -100
-    prepared = prepare(scan_of(image), make_plan(), modality="ct")
+    prepared = prepare(scan_of(image), a_plan(), modality="ct")
     assert prepared.placement.box == (slice(8, 32), slice(6, 28), slice(3, 37))
 
 
@@ -133,7 +134,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 2.5), (3.0, 3.0, 3.0), (2.0, 2.0, 5.0)])
 def test_labels_survive_the_way_there_and_back(spacing: tuple[float, float, float]) -> None:
     scan, labels = phantom_like(spacing)
-    prepared = prepare(scan, make_plan(spacing=(2.0, 2.0, 2.0)))
+    prepared = prepare(scan, a_plan(spacing=(2.0, 2.0, 2.0)))
     small = prepare_labels(labels, prepared)
     assert small.shape == prepared.image.shape
     assert small.dtype == np.uint8
@@ -149,7 +150,7 @@ def test_labels_survive_the_way_there_and_back(spacing: tuple[float, float, floa
 
 def test_image_and_labels_lie_on_each_other() -> None:
     scan, labels = phantom_like((1.5, 2.0, 4.0))
-    prepared = prepare(scan, make_plan())
+    prepared = prepare(scan, a_plan())
     small = prepare_labels(labels, prepared)
     core = ndimage.binary_erosion(small == 1, iterations=2)
     assert core.sum() > 100
@@ -159,7 +160,7 @@ def test_image_and_labels_lie_on_each_other() -> None:
 def test_outside_the_crop_is_background() -> None:
     image = np.full((40, 40, 40), -1000.0)
     image[15:25, 15:25, 15:25] = 40
-    prepared = prepare(scan_of(image), make_plan(), modality="ct")
+    prepared = prepare(scan_of(image), a_plan(), modality="ct")
     everywhere_tumor = torch.tensor([0.0, 0.0, 9.0])[:, None, None, None].expand(
         3, *prepared.image.shape
     )
@@ -179,11 +180,11 @@ def test_placement_survives_json() -> None:
 def test_scan_that_the_spacing_would_make_too_large_is_refused_by_name() -> None:
     scan = scan_of(np.zeros((40, 40, 40)), (30.0, 30, 30))
     with pytest.raises(CaseError, match=r"scan: \(2400, 2400, 2400\) voxels at the plan's"):
-        prepare(scan, make_plan(spacing=(0.5, 0.5, 0.5)))
+        prepare(scan, a_plan(spacing=(0.5, 0.5, 0.5)))
 
 
 def test_body_smaller_than_half_a_patch_is_refused() -> None:
-    plan = make_plan(patch_size=(32, 32, 32))
+    plan = a_plan(patch_size=(32, 32, 32))
     check_size(np.zeros((16, 40, 16)), plan, "a.nii")
     with pytest.raises(CaseError) as caught:
         check_size(np.zeros((40, 15, 40)), plan, "a.nii")
@@ -203,11 +204,11 @@ def test_body_smaller_than_half_a_patch_is_refused() -> None:
 )
 def test_plan_of_an_impossible_config_is_one_clear_error(key: str, value: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        Plan.from_config(StudyConfig.from_run_config({key: value}))
+        make_plan(StudyConfig.from_run_config({key: value}))
 
 
 def test_plan_from_the_wire_is_checked() -> None:
-    plan = make_plan()
+    plan = a_plan()
     assert Plan.from_json(plan.to_json()) == plan
     values = json.loads(plan.to_json())
     for change in (

@@ -27,12 +27,13 @@ def touch(root: Path, *names: str) -> Path:
         ("p1_image.nii", "p1_mask.nii"),
         ("p1.nii", "p1-seg.nii"),
         ("p1.v2.nii", "p1.v2_label.nii"),
+        ("p1.NII.GZ", "p1.Nii"),
     ],
 )
 def test_image_and_mask_pair_by_stem(tmp_path: Path, image: str, mask: str) -> None:
     root = touch(tmp_path, f"images/{image}", f"masks/{mask}")
     expected = Case(image=root / "images" / image, mask=root / "masks" / mask)
-    assert find_cases(root) == Listing(cases=(expected,))
+    assert find_cases(root) == Listing(cases=(expected,), layout="images-masks")
 
 
 def test_order_is_that_of_the_names_and_other_files_are_ignored(tmp_path: Path) -> None:
@@ -77,10 +78,10 @@ def test_missing_folder_says_what_is_expected(tmp_path: Path, missing: str) -> N
 
 
 def test_empty_folders_and_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder images/"):
+    with pytest.raises(DataError, match="no known layout"):
         find_cases(tmp_path)
     touch(tmp_path)
-    with pytest.raises(DataError, match=r"no cases; expected .nii or .nii.gz files"):
+    with pytest.raises(DataError, match=r"no cases; expected .nii or .nii.gz files.*images-masks"):
         find_cases(tmp_path)
     with pytest.raises(DataError, match="no such folder; correct the path"):
         find_cases(tmp_path / "nowhere")
@@ -99,6 +100,7 @@ def test_layout_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (root / "x.ct").touch()
     listing = find_cases(root, layout="hospital_layout:flat")
     assert listing.cases == (Case(image=root / "x.ct", mask=root / "x.seg.nii"),)
+    assert listing.layout == "hospital_layout:flat"
     with pytest.raises(ConfigError, match="has no function number"):
         find_cases(root, layout="hospital_layout:number")
     with pytest.raises(ConfigError, match="package no_such_package isn't installed"):
@@ -117,6 +119,7 @@ def test_stem() -> None:
     names: Sequence[tuple[str, str | None]] = [
         ("a.nii.gz", "a"),
         ("a.b.nii", "a.b"),
+        ("A.NII.GZ", "A"),
         ("a.dcm", None),
         (".a.nii", None),
     ]

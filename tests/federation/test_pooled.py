@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedseg.config import StudyConfig, TrainConfig
-from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.federation.reduce import spool, weighted_mean
 from fedseg.federation.strategies import STRATEGIES, make_strategy, next_state, train_config
 from fedseg.federation.weighting import WEIGHTINGS
@@ -36,7 +36,7 @@ def step(samples: tuple[torch.Tensor, torch.Tensor], state: State | None) -> Sta
     study = StudyConfig.from_run_config(
         {"model.width": 4, "model.depth": 2, "train.patch-size": "8,8,8"}
     )
-    network = build_model(Plan.from_config(study), seed=3).double()
+    network = build_model(make_plan(study), seed=3).double()
     if state is not None:
         network.load_state_dict(state)
     config = TrainConfig(
@@ -56,7 +56,7 @@ def start() -> State:
     study = StudyConfig.from_run_config(
         {"model.width": 4, "model.depth": 2, "train.patch-size": "8,8,8"}
     )
-    return build_model(Plan.from_config(study), seed=3).double().state_dict()
+    return build_model(make_plan(study), seed=3).double().state_dict()
 
 
 def one_round(

@@ -12,26 +12,27 @@ from safetensors.torch import save_file
 
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.errors import ModelError
 from fedseg.segmentation.model_file import load_model, read_model_file, save_model, sha256_of
 from fedseg.segmentation.models import MODELS, build_model
 
 
-def make_plan(name: str = "unet", **changes: Any) -> Plan:
+def a_plan(name: str = "unet", **changes: Any) -> Plan:
     depth = 5 if name == "unet++" else 2
-    plan = Plan.from_config(StudyConfig())
+    plan = make_plan(StudyConfig())
     return plan.model_copy(update={"model": name, "width": 2, "depth": depth, **changes})
 
 
 def write(path: Path, plan: Plan | None = None) -> Path:
-    plan = plan or make_plan()
+    plan = plan or a_plan()
     save_model(path, build_model(plan, seed=0).state_dict(), plan, round="3")
     return path
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_needs_no_other_file(tmp_path: Path, name: str) -> None:
-    plan = make_plan(name, spacing=(1.0, 2.0, 3.5), ct_window=(-100.0, 300.0))
+    plan = a_plan(name, spacing=(1.0, 2.0, 3.5), ct_window=(-100.0, 300.0))
     network = build_model(plan, seed=0)
     path = tmp_path / "model.safetensors"
     save_model(path, network.state_dict(), plan, round="3", study_run="x")
@@ -48,11 +49,11 @@ def test_round_trip_needs_no_other_file(tmp_path: Path, name: str) -> None:
 def test_any_safetensors_reader_sees_the_plan(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors")
     with safe_open(path, framework="numpy") as file:
-        assert Plan.from_json(file.metadata()["plan"]) == make_plan()
+        assert Plan.from_json(file.metadata()["plan"]) == a_plan()
 
 
 def test_weights_in_another_memory_layout_are_written_alike(tmp_path: Path) -> None:
-    plan = make_plan()
+    plan = a_plan()
     network = build_model(plan, seed=0)
     save_model(tmp_path / "a.safetensors", network.state_dict(), plan)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -72,7 +73,7 @@ def test_write_that_fails_keeps_the_old_file(
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError):
-        write(path, make_plan(width=4))
+        write(path, a_plan(width=4))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -137,7 +138,7 @@ def test_bad_file_is_one_error_with_a_mend(tmp_path: Path, spoil: Any, words: st
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_model(path, build_model(make_plan()).state_dict(), make_plan(width=4))
+    save_model(path, build_model(a_plan()).state_dict(), a_plan(width=4))
     with pytest.raises(ModelError, match="its weights don't fit the network 'unet'"):
         load_model(path)
 
@@ -145,7 +146,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_network_of_a_package_that_is_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors")
     state, _, _ = read_model_file(path)
-    save_model(path, state, make_plan("no_such_package_here:network"))
+    save_model(path, state, a_plan("no_such_package_here:network"))
     with pytest.raises(ModelError, match="needs package no_such_package_here; install it"):
         load_model(path, allow_custom_code=True)
 
@@ -153,6 +154,6 @@ def test_network_of_a_package_that_is_missing(tmp_path: Path) -> None:
 def test_a_model_file_cannot_choose_what_runs(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors")
     state, _, _ = read_model_file(path)
-    save_model(path, state, make_plan("os:system"))
+    save_model(path, state, a_plan("os:system"))
     with pytest.raises(ModelError, match=r"code from outside fedseg \('os:system'\)"):
         load_model(path)

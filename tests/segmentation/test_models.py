@@ -9,6 +9,7 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.errors import ConfigError, ModelError
 from fedseg.segmentation.models import (
     MODELS,
@@ -20,7 +21,7 @@ from fedseg.segmentation.models import (
 )
 
 
-def make_plan(model: str, *, width: int = 2, depth: int | None = None, patch: int = 32) -> Plan:
+def a_plan(model: str, *, width: int = 2, depth: int | None = None, patch: int = 32) -> Plan:
     study = StudyConfig.from_run_config(
         {
             "model.name": model,
@@ -29,13 +30,13 @@ def make_plan(model: str, *, width: int = 2, depth: int | None = None, patch: in
             "train.patch-size": f"{patch},{patch},{patch}",
         }
     )
-    return Plan.from_config(study)
+    return make_plan(study)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("width", [3, 5])
 def test_one_logits_tensor_of_the_inputs_size(name: str, width: int) -> None:
-    network = build_model(make_plan(name, width=width), seed=0)
+    network = build_model(a_plan(name, width=width), seed=0)
     for size in ((32, 32, 32), (32, 48, 64)):
         with torch.inference_mode():
             logits = network(torch.randn(2, 1, *size))
@@ -49,14 +50,14 @@ def test_one_logits_tensor_of_the_inputs_size(name: str, width: int) -> None:
     [(name, depth) for name in ("unet", "attention-unet") for depth in (2, 3, 4, 6)],
 )
 def test_other_depths(name: str, depth: int) -> None:
-    plan = make_plan(name, depth=depth, patch=2**depth)
+    plan = a_plan(name, depth=depth, patch=2**depth)
     check_patch(plan, levels_matter=True)
     check_logits(build_model(plan, seed=0), plan)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_voxels_at_the_deepest_level_can_be_trained(name: str) -> None:
-    plan = make_plan(name, depth=5, patch=32)
+    plan = a_plan(name, depth=5, patch=32)
     check_patch(plan, levels_matter=True)
     network = build_model(plan, seed=0).train()
     network(torch.randn(1, 1, 32, 32, 32)).square().mean().backward()
@@ -66,7 +67,7 @@ def test_two_voxels_at_the_deepest_level_can_be_trained(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_batch_statistics_and_the_same_answer_alone_and_in_a_batch(name: str) -> None:
-    network = build_model(make_plan(name), seed=0).train()
+    network = build_model(a_plan(name), seed=0).train()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
     assert list(network.buffers()) == []
     network.eval()
@@ -80,14 +81,14 @@ def test_no_batch_statistics_and_the_same_answer_alone_and_in_a_batch(name: str)
 def test_parameter_counts_are_within_a_factor_of_2_at_the_defaults() -> None:
     counts = {}
     for name in MODELS:
-        plan = Plan.from_config(StudyConfig.from_run_config({"model.name": name}))
+        plan = make_plan(StudyConfig.from_run_config({"model.name": name}))
         counts[name] = parameter_count(build_model(plan))
     assert max(counts.values()) < 2 * min(counts.values()), counts
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_seeded_weights_are_bit_identical_and_the_global_rng_is_left_alone(name: str) -> None:
-    plan = make_plan(name)
+    plan = a_plan(name)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = build_model(plan, seed=3).state_dict()
@@ -101,7 +102,7 @@ def test_seeded_weights_are_bit_identical_and_the_global_rng_is_left_alone(name:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_float_state_is_shared(name: str) -> None:
-    network = build_model(make_plan(name))
+    network = build_model(a_plan(name))
     assert list(shared_names(network)) == list(network.state_dict())
 
 
@@ -117,20 +118,20 @@ def test_all_float_state_is_shared(name: str) -> None:
 )
 def test_patch_that_does_not_fit(depth: int, patch: str, window: str, words: str) -> None:
     config = {"model.depth": depth, "train.patch-size": patch, "train.inference-patch": window}
-    plan = Plan.from_config(StudyConfig.from_run_config(config))
+    plan = make_plan(StudyConfig.from_run_config(config))
     with pytest.raises(ConfigError, match=words):
         check_patch(plan, levels_matter=True)
     check_patch(plan, levels_matter=False)
 
 
 def test_default_patch_fits() -> None:
-    check_patch(Plan.from_config(StudyConfig()), levels_matter=True)
+    check_patch(make_plan(StudyConfig()), levels_matter=True)
 
 
 @pytest.mark.parametrize("depth", [4, 6])
 def test_unet_plus_plus_has_five_levels(depth: int) -> None:
     with pytest.raises(ConfigError, match=f"model.depth: got {depth}; expected 5 .*'unet\\+\\+'"):
-        build_model(make_plan("unet++", depth=depth, patch=64))
+        build_model(a_plan("unet++", depth=depth, patch=64))
 
 
 CUSTOM = """
@@ -173,7 +174,7 @@ number = 3
 def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "my_networks.py").write_text(CUSTOM)
     monkeypatch.syspath_prepend(tmp_path)
-    return lambda name: make_plan(f"my_networks:{name}", patch=16)
+    return lambda name: a_plan(f"my_networks:{name}", patch=16)
 
 
 def test_custom_network(custom: Any) -> None:
@@ -216,6 +217,6 @@ def test_custom_network_that_is_not_there(custom: Any) -> None:
     with pytest.raises(ConfigError, match="module my_networks has no function number"):
         build_model(custom("number"))
     with pytest.raises(ModuleNotFoundError):
-        build_model(make_plan("no_such_package_here:network"))
+        build_model(a_plan("no_such_package_here:network"))
     with pytest.raises(ConfigError, match="did you mean 'unet'"):
         build_model(custom("fine").model_copy(update={"model": "unett"}))

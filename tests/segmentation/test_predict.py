@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from fedseg.config import StudyConfig
-from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.errors import DataError
 from fedseg.segmentation.evaluation import evaluate_folder
 from fedseg.segmentation.inference import predict_logits
 from fedseg.segmentation.predict import Prediction, predict_files, scans_of
 
 CPU = torch.device("cpu")
-PLAN = Plan.from_config(StudyConfig()).model_copy(
+PLAN = make_plan(StudyConfig()).model_copy(
     update={"patch_size": (16, 16, 16), "inference_patch": (16, 16, 16)}
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedseg.config import StudyConfig, TrainConfig
-from fedseg.data.plan import Plan
+from fedseg.data.planning import make_plan
 from fedseg.errors import ConfigError
 from fedseg.segmentation.losses import dice_ce
 from fedseg.segmentation.models import build_model
@@ -27,7 +27,7 @@ CONFIG = {"model.width": 4, "model.depth": 2, "train.patch-size": "8,8,8"}
 
 
 def network(seed: int = 0) -> nn.Module:
-    return build_model(Plan.from_config(StudyConfig.from_run_config(CONFIG)), seed=seed)
+    return build_model(make_plan(StudyConfig.from_run_config(CONFIG)), seed=seed)
 
 
 def data(steps: int, seed: int = 0, batch: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -163,9 +163,9 @@ def test_round_two_goes_on_where_round_one_ended() -> None:
 
 
 def test_steps_in_a_round() -> None:
-    assert steps_in_round(TrainConfig(patches_per_case=4, batch_size=2), 5) == 10
-    assert steps_in_round(TrainConfig(patches_per_case=1, batch_size=2), 5) == 3
-    assert steps_in_round(TrainConfig(steps_per_epoch=7, local_epochs=3), 5) == 21
+    assert steps_in_round(TrainConfig(patches_per_case=4), 5, 2) == 10
+    assert steps_in_round(TrainConfig(patches_per_case=1), 5, 2) == 3
+    assert steps_in_round(TrainConfig(steps_per_epoch=7, local_epochs=3), 5, 2) == 21
 
 
 def test_moments_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,60 @@
+"""Check where voxels lie: affines of volumes, and whether two grids are one."""
+
+from pathlib import Path
+
+import numpy as np
+from nibabel.orientations import inv_ornt_aff, io_orientation
+
+from fedseg.errors import CaseError
+
+__all__ = ["check_affine", "check_apart", "ras_affine"]
+
+_MAX_EXTENT = 3000.0
+"""mm along an axis; a wrong unit would resample to more voxels than memory holds."""
+
+
+def ras_affine(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the affine that a volume has once its axes are in RAS order."""
+    turned: np.ndarray = affine @ inv_ornt_aff(io_orientation(affine), shape)
+    return turned
+
+
+def check_affine(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
+    """Refuse an affine that is singular or can't be in mm.
+
+    Raises:
+        CaseError: It is.
+    """
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    directions = affine[:3, :3] / np.where(sizes > 0, sizes, 1)
+    finite = np.all(np.isfinite(affine)) and np.all(np.isfinite(directions))
+    if not finite or abs(np.linalg.det(directions)) < 1e-3:
+        raise CaseError(
+            path,
+            "affine is singular or not finite, expected three directions",
+            "export it with its geometry",
+        )
+    extent = sizes * shape
+    if extent.min() < 1 or extent.max() > _MAX_EXTENT:
+        raise CaseError(
+            path,
+            f"covers {' x '.join(f'{mm:.3g}' for mm in extent)} mm, expected 1 to {_MAX_EXTENT:g}",
+            "correct its voxel size: it must be in mm",
+        )
+
+
+def check_apart(path: Path, shape: tuple[int, ...], difference: np.ndarray, most: float) -> None:
+    """Refuse a mask whose affine differs from its image's by more than `most` mm at a corner.
+
+    Raises:
+        CaseError: It does.
+    """
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+    corners = np.vstack([corners, np.ones(corners.shape[1])])
+    apart = np.linalg.norm((difference @ corners)[:3], axis=0).max()
+    if apart > most:
+        raise CaseError(
+            path,
+            f"affine puts the mask {apart:.3g} mm away from its image",
+            "re-export the mask on the image's grid",
+        )

@@ -1,0 +1,161 @@
+"""Measure the cases of a site for its fingerprint, each scan once."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from fedseg.data.cases import Case, files_of
+from fedseg.data.fingerprint import CaseMeasure, Fingerprint, bin_of, fingerprint_of
+from fedseg.data.node import Site
+from fedseg.data.plan import REGIONS
+from fedseg.data.preprocess import modality_of
+from fedseg.data.volumes import Volume, read_image, read_mask
+from fedseg.errors import CaseError, Reason, SiteError
+
+__all__ = ["measure", "site_fingerprint"]
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Raise it when measuring changes: kept measures are then made again."""
+
+_AIR_HU = -400.0
+
+Modality = Literal["ct", "mr"]
+
+
+def measure(
+    scan: Volume, labels: np.ndarray, *, modality: Literal["ct", "mr"], annotated: Sequence[str]
+) -> CaseMeasure:
+    """Measure one case.
+
+    Args:
+        scan: The scan; HU where it is CT.
+        labels: Its mask `[X, Y, Z]`.
+        modality: Settled modality: MR has no HU histogram.
+        annotated: Regions the site annotates.
+    """
+    found: CaseMeasure = {}
+    body = scan.array > (_AIR_HU if modality == "ct" else scan.array.mean())
+    if modality == "ct":
+        found["body.hu"] = _shares("body.hu", scan.array[body])
+        for region in annotated:
+            inside = scan.array[labels >= REGIONS[region]]
+            if inside.size:
+                found[f"{region}.hu"] = _shares(f"{region}.hu", inside)
+    for axis, name in enumerate("xyz"):
+        found[f"spacing.{name}"] = _shares(f"spacing.{name}", np.array([scan.spacing[axis]]))
+        others = tuple(other for other in range(3) if other != axis)
+        where = np.flatnonzero(body.any(axis=others))
+        extent = (where[-1] - where[0] + 1) * scan.spacing[axis] if where.size else 0.0
+        found[f"extent.{name}"] = _shares(f"extent.{name}", np.array([extent]))
+    if "tumor" in annotated and (labels == 2).any():
+        found["lesion.ml"] = _lesions(labels == 2, math.prod(scan.spacing) / 1000)
+    return found
+
+
+def _shares(name: str, values: np.ndarray) -> dict[int, float]:
+    counts = np.bincount(bin_of(name, values))
+    return {int(i): float(counts[i] / values.size) for i in np.flatnonzero(counts)}
+
+
+def _lesions(tumor: np.ndarray, ml_per_voxel: float) -> dict[int, float]:
+    components, _ = ndimage.label(tumor, structure=np.ones((3, 3, 3)))
+    volumes = np.bincount(components.ravel())[1:] * ml_per_voxel
+    counts = np.bincount(bin_of("lesion.ml", volumes))
+    return {int(i): float(counts[i]) for i in np.flatnonzero(counts)}
+
+
+def site_fingerprint(site: Site) -> Fingerprint:
+    """Measure a site's usable cases and merge them by its policy.
+
+    Raises:
+        SiteError: The policy shares no fingerprint, or there are fewer cases than its minimum.
+    """
+    policy = site.config.policy
+    if not policy.share_fingerprint:
+        raise SiteError(Reason.POLICY_FINGERPRINT)
+    measures: list[CaseMeasure] = []
+    modalities: list[Modality] = []
+    for case in site.cases:
+        try:
+            modality, found = _kept_measure(case, site)
+        except CaseError as error:
+            log.warning("skipped: %s", error)
+            continue
+        modalities.append(modality)
+        measures.append(found)
+    if len(measures) < policy.fingerprint_min_cases:
+        raise SiteError(
+            Reason.POLICY_FINGERPRINT,
+            f"no fingerprint: {len(measures)} usable cases are fewer than "
+            f"policy.fingerprint-min-cases {policy.fingerprint_min_cases}; the site still trains",
+        )
+    device, memory = _device_of(site.config.device)
+    fingerprint = fingerprint_of(
+        measures,
+        modalities=modalities,
+        min_count=policy.min_count,
+        device=device,
+        memory_gb=memory,
+        epsilon=policy.fingerprint_epsilon,
+    )
+    if fingerprint.held_back:
+        log.info("held back by policy.min-count: %s", ", ".join(fingerprint.held_back))
+    return fingerprint
+
+
+def _kept_measure(case: Case, site: Site) -> tuple[Modality, CaseMeasure]:
+    """Measure a case, or find what was measured before under the same files and options."""
+    config = site.config
+    files = [file for path in (case.image, case.mask) for file in files_of(path)]
+    content = [
+        _VERSION,
+        [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        config.modality,
+        config.labels,
+        sorted((config.label_map or {}).items(), key=str),
+    ]
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    kept = config.cache / "measures" / f"{name}.json"
+    if kept.is_file():
+        modality, found = json.loads(kept.read_text(encoding="utf-8"))
+        return modality, {key: {int(i): m for i, m in part.items()} for key, part in found.items()}
+    scan = read_image(case.image)
+    labels = read_mask(case.mask, image=scan, label_map=config.label_map)
+    modality = modality_of(scan.array, config.modality)
+    found = measure(scan, labels.array, modality=modality, annotated=config.labels)
+    _keep(kept, [modality, found])
+    return modality, found
+
+
+def _keep(path: Path, content: object) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("can't keep measures in the cache (%s)", error.strerror)
+
+
+def _device_of(name: str) -> tuple[Literal["cpu", "cuda", "mps"], int]:
+    """Kind of device that `auto` or a name gives here, and its memory in GB."""
+    gigabyte = 1024**3
+    if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            return "cuda", 1
+        return "cuda", torch.cuda.get_device_properties(0).total_memory // gigabyte
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // gigabyte
+    if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
+        return "mps", memory
+    return "cpu", memory

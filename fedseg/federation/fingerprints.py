@@ -1,0 +1,52 @@
+"""Ask the sites for their fingerprints; whoever sends none still takes part."""
+
+import logging
+from collections.abc import Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedseg.data.fingerprint import Fingerprint
+from fedseg.errors import REASONS, ConfigError, Reason
+from fedseg.federation.exchange import exchange
+from fedseg.federation.sites import KnownSite
+from fedseg.messages import FINGERPRINT, read_answer
+
+__all__ = ["collect_fingerprints"]
+
+log = logging.getLogger(__name__)
+
+
+def collect_fingerprints(
+    grid: Grid, sites: Sequence[KnownSite], *, deadline: float
+) -> dict[str, Fingerprint]:
+    """Return the fingerprint of each site that sends one, by its name.
+
+    Args:
+        grid: Flower's grid.
+        sites: The sites.
+        deadline: Seconds; measuring reads every scan of a site once.
+    """
+    messages = {
+        site.name: Message(RecordDict(), dst_node_id=site.node_id, message_type="query.fingerprint")
+        for site in sites
+    }
+    found: dict[str, Fingerprint] = {}
+    for arrival in exchange(grid, messages, deadline=deadline):
+        result = Reason.DEADLINE if arrival.message is None else _read(arrival.message)
+        if isinstance(result, Fingerprint):
+            found[arrival.site] = result
+        else:
+            log.warning("no fingerprint of %s: %s", arrival.site, REASONS[result])
+    return {name: found[name] for name in sorted(found)}
+
+
+def _read(message: Message) -> Fingerprint | Reason:
+    answer = read_answer(message, declared=())
+    if answer.status != "ok":
+        return answer.reason or Reason.ERROR
+    text = message.content.config_records.get(FINGERPRINT, ConfigRecord()).get("json")
+    try:
+        return Fingerprint.from_json(text) if isinstance(text, str) else Reason.BAD_UPDATE
+    except ConfigError:
+        return Reason.BAD_UPDATE
