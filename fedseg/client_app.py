@@ -3,8 +3,8 @@
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 # Waiting OpenMP threads that spin stall a step for seconds when other work shares the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,6 +37,7 @@ from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
 from fedseg.segmentation.training import (
+    FitReport,
     choose_device,
     fit,
     log_progress,
@@ -127,15 +128,48 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
     """Train the global model on the site's cases and answer with the change."""
     task, plan, site = _accept(message, context, study)
     cases = _cases(site, plan, study)
-    if len(cases.training) + len(cases.validation) < site.config.policy.min_cases:
+    policy = site.config.policy
+    if len(cases.training) + len(cases.validation) < policy.min_cases:
         raise SiteError(Reason.POLICY_MIN_CASES)
     device = _device(site)
     network, state = _network(message, plan, device)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if policy.max_bytes is not None and size > policy.max_bytes:
+        raise SiteError(Reason.POLICY_MAX_BYTES)
+    report = _fit(network, cases, plan, task, site, study, device)
+    trained = network.state_dict()
+    update = {name: trained[name].cpu() - before for name, before in state.items()}
+    if not all(bool(torch.isfinite(change).all()) for change in update.values()):
+        raise SiteError(Reason.NOT_FINITE)
+    metrics = {
+        "cases": len(cases.training),
+        "patches": report.patches,
+        "steps": report.steps,
+        "loss": report.loss,
+        "seconds": report.seconds,
+        "skipped": cases.skipped,
+    }
+    return answer_message(message, status="ok", metrics=metrics, update=update)
+
+
+def _fit(
+    network: nn.Module,
+    cases: SiteCases,
+    plan: Plan,
+    task: Task,
+    site: Site,
+    study: StudyConfig,
+    device: torch.device,
+) -> FitReport:
+    """Train in place, with the optimiser as the site left it after the round before."""
+    keep = study.train.optimizer_state == "keep"
+    kept = site.config.cache / "state" / task.study_run / (site.name or "site")
     optimizer = make_optimizer(network, study.train)
-    kept = _state_folder(site, task)
-    if study.train.optimizer_state == "keep":
+    if keep:
         load_optimizer(optimizer, kept / f"round-{task.round_number - 1}")
     steps = steps_in_round(study.train, len(cases.training), plan.batch_size)
+    # Randomness comes from (seed, site, round), never from process state.
+    seed = [study.train.seed, task.round_number, *site.name.encode()]
     report = fit(
         network,
         batches(
@@ -145,7 +179,7 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
             patch_size=plan.patch_size,
             foreground=study.train.foreground,
             augmentation=study.train.augmentation,
-            rng=np.random.default_rng(_seed(study, site, task)),
+            rng=np.random.default_rng(seed),
         ),
         resolve("train.loss", study.train.loss, LOSSES),
         study.train,
@@ -158,24 +192,11 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
         optimizer=optimizer,
         on_step=log_progress(site.name or "this site", task.round_number),
     )
-    if study.train.optimizer_state == "keep":
+    if task.round_number >= task.rounds:
+        shutil.rmtree(kept, ignore_errors=True)
+    elif keep:
         save_optimizer(optimizer, kept / f"round-{task.round_number}")
-    trained = network.state_dict()
-    update = {name: trained[name].cpu() - before for name, before in state.items()}
-    if not all(bool(torch.isfinite(change).all()) for change in update.values()):
-        raise SiteError(Reason.NOT_FINITE)
-    limit = site.config.policy.max_bytes
-    if limit is not None and sum(t.numel() * t.element_size() for t in update.values()) > limit:
-        raise SiteError(Reason.POLICY_MAX_BYTES)
-    metrics = {
-        "cases": len(cases.training),
-        "patches": report.patches,
-        "steps": report.steps,
-        "loss": report.loss,
-        "seconds": report.seconds,
-        "skipped": cases.skipped,
-    }
-    return answer_message(message, status="ok", metrics=metrics, update=update)
+    return report
 
 
 @app.evaluate()
@@ -255,12 +276,3 @@ def _network(
         raise SiteError(Reason.MODEL, f"the server's weights don't fit: {error}") from None
     network.load_state_dict({**state, **buffers})
     return network, state
-
-
-def _seed(study: StudyConfig, site: Site, task: Task) -> list[int]:
-    """Randomness comes from (seed, site, round), never from process state."""
-    return [study.train.seed, task.round_number, *site.name.encode()]
-
-
-def _state_folder(site: Site, task: Task) -> Path:
-    return site.config.cache / "state" / task.study_run / (site.name or "site")

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Federation:
     strategy: Strategy
     folder: RunFolder
     evaluate: ServerEvaluation
-    best: float = field(default=-1.0)
+    best: float = -1.0
 
     @property
     def shared(self) -> dict[str, torch.Tensor]:

@@ -99,7 +99,7 @@ def test_a_site_sees_its_own_cases_only(
 ) -> None:
     for name, other in (SITES, SITES[::-1]):
         kept = sorted(
-            np.load(path).tobytes() for path in cache(workplace, name).glob("cases/*/truth.npy")
+            np.load(path).tobytes() for path in cache(workplace, name).glob("cases/*/*/truth.npy")
         )
         assert kept == masks_of(folders[name])
         assert not set(kept) & set(masks_of(folders[other]))
