@@ -205,6 +205,18 @@ def test_one_bad_case_is_skipped_and_counted(run_study: Run, three_sites: dict[i
     assert site["metrics"]["skipped"] == 1
 
 
+def test_every_second_case_broken(
+    run_study: Run, three_sites: dict[int, Any], make_site: Callable[..., Path]
+) -> None:
+    folder = make_site("dortmund", cases=8)
+    for mask in sorted((folder / "masks").iterdir())[::2]:
+        mask.write_bytes(mask.read_bytes()[:50])
+    run, _ = run_study({**three_sites, 44: {"data-dir": str(folder)}}, {"federation.sites": 4})
+    site = history(run)[1]["sites"]["dortmund"]
+    assert site["status"] == "ok"
+    assert (site["training"]["cases"], site["training"]["skipped"]) == (3, 4)  # one is held out
+
+
 def spoil(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], Message]:
     def reply(message: Message) -> Message:
         if message.metadata.message_type == "train":
