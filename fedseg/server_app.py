@@ -17,6 +17,7 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
+from fedseg.data.fingerprint import shared_scans
 from fedseg.data.held_out import server_cases
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
@@ -88,6 +89,7 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         fingerprints = collect_fingerprints(grid, sites, deadline=deadline)
         plan = make_plan(study, list(fingerprints.values()))
         network, strategy = _parts(study, plan)
+    shared = shared_scans(fingerprints)
     folder = RunFolder(study, plan, new_run_id())
     log.info("run folder: %s", folder.path)
     log.info("%d sites: %s", len(sites), ", ".join(site.name for site in sites))
@@ -99,7 +101,10 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         sites={s.name: {"verified": s.verified, "simulated": s.simulated} for s in sites},
         parameters=parameter_count(network),
         fingerprints=sorted(fingerprints),
+        shared_scans=[[*pair, count] for pair, count in shared.items()],
     )
+    for (one, other), count in shared.items():
+        log.warning("%s and %s both hold %d scans: leave them out at one", one, other, count)
     _log_plan(plan)
     try:
         federation = Federation(

@@ -121,6 +121,11 @@ class SiteConfig(Section):
     modality: Literal["auto", "ct", "mr"] = Field(
         "auto", description="auto: CT where a scan has voxels under -200"
     )
+    study_key: str | None = Field(
+        None,
+        min_length=16,
+        description="secret agreed among the sites, not the server: finds scans two sites hold",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; empty: all the node has")
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +143,7 @@ class TestWhatLeaves:
             assert set(found) == set(Fingerprint.model_fields)
             assert set(found["histograms"]) == set(EDGES)
             assert found["device"] in ("cpu", "cuda", "mps")
+            assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in found["digests"])
             assert set(found["held_back"]) <= {*EDGES, "ct", "mr", "liver", "tumor"}
             return
         assert set(content["status"]) == {"status", "reason"}
@@ -581,6 +584,24 @@ class TestFingerprints:
         assert manifest["fingerprints"] == ["aachen"]
         assert history(folder)[1]["sites"]["bonn"]["status"] == "ok"
         assert history(folder)[1]["sites"]["chemnitz"]["status"] == "ok"
+
+    def test_scans_that_two_sites_hold_are_found_by_the_sites_key(
+        self, run_study: Run, three_sites: dict[int, Any]
+    ) -> None:
+        aachen, bonn = (Path(three_sites[node]["data-dir"]) for node in (11, 22))
+        for part in ("images", "masks"):
+            shutil.copy(aachen / part / "case-0.nii.gz", bonn / part / "again.nii.gz")
+        keyed = {node: {**c, "study-key": "k" * 16} for node, c in three_sites.items()}
+        folder, grid = run_study(keyed, PLANNED)
+        manifest = json.loads((folder.path / "manifest.json").read_text())
+        assert manifest["shared_scans"] == [["aachen", "bonn", 1]]
+        for message in grid.received:
+            TestWhatLeaves().inspect(message)
+
+        other_key = {**keyed, 22: {**keyed[22], "study-key": "another secret, 16+"}}
+        folder, _ = run_study(other_key, PLANNED)
+        manifest = json.loads((folder.path / "manifest.json").read_text())
+        assert manifest["shared_scans"] == []
 
     def test_a_fixed_plan_asks_for_nothing(
         self, run_study: Run, three_sites: dict[int, Any]

@@ -6,7 +6,7 @@ import hmac
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["case_digest", "content_digest"]
+__all__ = ["case_digest", "content_digest", "keyed_digest"]
 
 _WIDEST = 2**20
 _FEWEST = 256
@@ -52,6 +52,15 @@ def case_digest(array: npt.NDArray[np.float32], key: bytes) -> str:
     Returns:
         HMAC-SHA256 of the scan's content digest, hexadecimal.
     """
+    return keyed_digest(content_digest(array), key)
+
+
+def keyed_digest(content: bytes, key: bytes) -> str:
+    """Key a content digest; see `case_digest`.
+
+    Raises:
+        ValueError: The key is shorter than 16 bytes.
+    """
     if len(key) < 16:
         raise ValueError("key: expected at least 16 bytes")
-    return hmac.new(key, content_digest(array), hashlib.sha256).hexdigest()
+    return hmac.new(key, content, hashlib.sha256).hexdigest()

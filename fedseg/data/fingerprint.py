@@ -7,6 +7,7 @@ cases, not voxels. Summing sites' histograms gives that of all cases, from which
 percentiles are read.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
@@ -28,6 +29,7 @@ __all__ = [
     "fingerprint_of",
     "quantile",
     "resolution",
+    "shared_scans",
 ]
 
 MAX_FINGERPRINT_BYTES = 256 * 1024
@@ -53,6 +55,8 @@ EDGES: dict[str, np.ndarray] = {
 
 _Mass = Annotated[float, Field(ge=0, le=1e7)]
 _Count = Annotated[int, Field(ge=0, le=10**7)]
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 CaseMeasure = dict[str, dict[int, float]]
 """Quantity to the mass in its bins, of one case; for lesions, their number. Stays at the site."""
@@ -87,6 +91,7 @@ class Fingerprint(BaseModel):
         held_back: What the minimum held back.
         device: Kind of device the site trains on.
         memory_gb: Its memory, rounded down to a power of two.
+        digests: Keyed digest of each scan, where the sites agreed on a `study-key`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -100,6 +105,7 @@ class Fingerprint(BaseModel):
     held_back: tuple[Annotated[str, Field(max_length=16)], ...] = ()
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     memory_gb: Annotated[int, Field(ge=1, le=4096)] = 1
+    digests: Annotated[tuple[_Digest, ...], Field(max_length=3000)] = ()
 
     @model_validator(mode="after")
     def _knownbin_of(self) -> "Fingerprint":
@@ -247,6 +253,16 @@ def add_fingerprints(parts: Iterable[Fingerprint]) -> Mapping[str, Histogram]:
             count=sum(histogram.count for histogram in found),
         )
     return total
+
+
+def shared_scans(fingerprints: Mapping[str, Fingerprint]) -> dict[tuple[str, str], int]:
+    """Count the scans that two sites both hold, by the sites' names."""
+    found = {}
+    for one, other in itertools.combinations(sorted(fingerprints), 2):
+        both = set(fingerprints[one].digests) & set(fingerprints[other].digests)
+        if both:
+            found[one, other] = len(both)
+    return found
 
 
 def quantile(name: str, histogram: Histogram, q: float) -> float | None:

@@ -14,12 +14,14 @@ import torch
 from scipy import ndimage
 
 from fedseg.data.cases import Case, files_of
+from fedseg.data.digest import content_digest, keyed_digest
 from fedseg.data.fingerprint import CaseMeasure, Fingerprint, bin_of, fingerprint_of
 from fedseg.data.node import Site
 from fedseg.data.plan import REGIONS
 from fedseg.data.preprocess import modality_of
 from fedseg.data.volumes import Volume, read_image, read_mask
 from fedseg.errors import CaseError, Reason, SiteError
+from fedseg.site_config import SiteConfig
 
 __all__ = ["measure", "site_fingerprint"]
 
@@ -86,14 +88,16 @@ def site_fingerprint(site: Site) -> Fingerprint:
         raise SiteError(Reason.POLICY_FINGERPRINT)
     measures: list[CaseMeasure] = []
     modalities: list[Modality] = []
+    contents: list[str] = []
     for case in site.cases:
         try:
-            modality, found = _kept_measure(case, site)
+            modality, found, content = _kept_measure(case, site)
         except CaseError as error:
             log.warning("skipped: %s", error)
             continue
         modalities.append(modality)
         measures.append(found)
+        contents.append(content)
     if len(measures) < policy.fingerprint_min_cases:
         raise SiteError(
             Reason.POLICY_FINGERPRINT,
@@ -109,33 +113,43 @@ def site_fingerprint(site: Site) -> Fingerprint:
         memory_gb=memory,
         epsilon=policy.fingerprint_epsilon,
     )
+    if site.config.study_key is not None:
+        key = site.config.study_key.encode()
+        digests = tuple(sorted(keyed_digest(bytes.fromhex(text), key) for text in contents))
+        fingerprint = fingerprint.model_copy(update={"digests": digests})
     if fingerprint.held_back:
         log.info("held back by policy.min-count: %s", ", ".join(fingerprint.held_back))
     return fingerprint
 
 
-def _kept_measure(case: Case, site: Site) -> tuple[Modality, CaseMeasure]:
-    """Measure a case, or find what was measured before under the same files and options."""
+def _kept_measure(case: Case, site: Site) -> tuple[Modality, CaseMeasure, str]:
+    """Measure a case and digest its scan, or find what was kept for the same files and options."""
     config = site.config
-    files = [file for path in (case.image, case.mask) for file in files_of(path)]
-    content = [
-        _VERSION,
-        [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        config.modality,
-        config.labels,
-        sorted((config.label_map or {}).items(), key=str),
-    ]
-    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-    kept = config.cache / "measures" / f"{name}.json"
-    if kept.is_file():
-        modality, found = json.loads(kept.read_text(encoding="utf-8"))
-        return modality, {key: {int(i): m for i, m in part.items()} for key, part in found.items()}
+    kept = config.cache / "measures" / f"{_name(case, config)}.json"
+    try:
+        modality, found, content = json.loads(kept.read_text(encoding="utf-8"))
+        measured = {key: {int(i): m for i, m in part.items()} for key, part in found.items()}
+        return modality, measured, content
+    except (OSError, ValueError, AttributeError):
+        pass  # not kept yet, or damaged: measure it
     scan = read_image(case.image)
     labels = read_mask(case.mask, image=scan, label_map=config.label_map)
     modality = modality_of(scan.array, config.modality)
-    found = measure(scan, labels.array, modality=modality, annotated=config.labels)
-    _keep(kept, [modality, found])
-    return modality, found
+    measured = measure(scan, labels.array, modality=modality, annotated=config.labels)
+    content = content_digest(scan.array).hex()
+    _keep(kept, [modality, measured, content])
+    return modality, measured, content
+
+
+def _name(case: Case, config: SiteConfig) -> str:
+    """Name of a kept measure: identity of the files, and options that change it."""
+    try:
+        files = [file for path in (case.image, case.mask) for file in files_of(path)]
+        stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    except OSError:
+        raise CaseError(case.image, "image or mask is gone", "correct the path") from None
+    options = [config.modality, config.labels, sorted((config.label_map or {}).items(), key=str)]
+    return hashlib.sha256(json.dumps([_VERSION, stats, options]).encode()).hexdigest()[:32]
 
 
 def _keep(path: Path, content: object) -> None:
