@@ -72,6 +72,7 @@ def batches(
             image, label = cut_patch(
                 case, draw_centre(case, rng, foreground=foreground), patch_size
             )
+            case.release()
             if augmentation:
                 image, label = augment(image, label, rng)
             images.append(image)

@@ -39,6 +39,7 @@ def evaluate_cases(
     for case in cases:
         logits = predict_logits(network, case.image, plan, device=device, precision=precision)
         parts.append(sums_of_case(restore(logits, case.placement), case.truth, annotated=annotated))
+        case.release()
     return add(parts)
 
 

@@ -1,6 +1,9 @@
 """Tests of drawing patches."""
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,3 +189,45 @@ def test_memory_mapped_case_is_not_changed(tmp_path: Any) -> None:
     case = CachedCase(**{**vars(case), "image": mapped})
     draw([case])
     assert np.array_equal(np.load(tmp_path / "image.npy", allow_pickle=False), make_case().image)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from fedseg.data.cache import CachedCase
+from fedseg.data.patches import batches
+from fedseg.data.preprocess import Placement
+
+def mapped(path, dtype):
+    return np.lib.format.open_memmap(path, "w+", dtype, (160, 160, 160))
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 1024**2
+
+def case(number):
+    folder = Path(sys.argv[1])
+    image, labels = (mapped(folder / f"{number}-{name}.npy", kind)
+                     for name, kind in (("image", "f2"), ("labels", "u1")))
+    return CachedCase(image=image, labels=labels, truth=labels, placement=None,
+                      foreground={"liver": np.arange(9), "tumor": np.arange(0)})
+
+cases = [case(number) for number in range(int(sys.argv[2]))]
+draw = batches(cases, steps=60, batch_size=2, patch_size=(96, 96, 96), foreground=0,
+               augmentation=False, rng=np.random.default_rng(0))
+for _ in draw:
+    pass
+print(resident())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_resident_memory_does_not_grow_with_the_cases(tmp_path: Path) -> None:
+    """20 cases of 12 MB against 2: +216 MB on disk, next to nothing in memory."""
+
+    def resident(cases: int) -> float:
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(cases)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert resident(20) - resident(2) < 40
