@@ -1,7 +1,7 @@
 """The phantom study end to end, beside the best single HU threshold.
 
     python benchmarks/phantoms.py            # README's command one
-    python benchmarks/phantoms.py --long     # 20 rounds, to beat the threshold clearly
+    python benchmarks/phantoms.py --long     # 15 rounds, to beat the threshold clearly
 
 Runs `flwr run` from this checkout in a FLWR_HOME of its own, from the seeded random start, three
 sites of different contrast phase, and writes `benchmarks/results/<date>-phantoms[-long].md`.
@@ -24,7 +24,7 @@ from fedseg.data.sites import Case
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.segmentation.metrics import score
 
-LONG = "federation.rounds=20 data.server-cases=4"
+LONG = "federation.rounds=15 data.server-cases=4"
 
 
 def threshold_dice(cases: list[Case]) -> tuple[int, float, float]:
@@ -48,7 +48,7 @@ def threshold_dice(cases: list[Case]) -> tuple[int, float, float]:
 def main() -> None:
     """Run, compare, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--long", action="store_true", help="20 rounds")
+    parser.add_argument("--long", action="store_true", help="15 rounds")
     parser.add_argument("-c", default="", help="more study config, as for flwr run")
     arguments = parser.parse_args()
     options = f"{LONG if arguments.long else ''} {arguments.c}".strip()
