@@ -103,7 +103,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a site's folder: exit 0 clean (notes are), 1 problems found, 2 unusable arguments."""
-    from fedseg.data.check import check_folder
+    from fedseg.data.checks.check import check_folder
     from fedseg.site_config import load_site_config
 
     def show(done: int, cases: int) -> None:

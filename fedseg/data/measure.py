@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 
 from fedseg.data.cases import Case, files_of
-from fedseg.data.digest import content_digest, keyed_digest
+from fedseg.data.checks.digest import content_digest, keyed_digest
 from fedseg.data.fingerprint import CaseMeasure, Fingerprint, bin_of, fingerprint_of
 from fedseg.data.node import Site
 from fedseg.data.plan import REGIONS

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedseg.data.check import check_folder
+from fedseg.data.checks.check import check_folder
 from fedseg.data.phantom import KINDS, make_phantom
 from fedseg.errors import FedSegError
 from fedseg.site_config import load_site_config

@@ -13,7 +13,7 @@ import torch
 from written import AFFINE, WRITERS, arrays, nifti
 
 from fedseg.config import StudyConfig
-from fedseg.data.check import check_folder
+from fedseg.data.checks.check import check_folder
 from fedseg.data.held_out import server_groups
 from fedseg.data.layouts import LAYOUTS
 from fedseg.data.node import load_cases, open_site

@@ -9,15 +9,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from fedseg.data.check import check_folder
-from fedseg.data.checked_case import CheckedCase
+from fedseg.data.checks.check import check_folder
+from fedseg.data.checks.checked_case import CheckedCase
+from fedseg.data.checks.place_checks import placement
 from fedseg.data.phantom import KINDS, UNSEEN, make_phantom
-from fedseg.data.place_checks import placement
 from fedseg.data.tumors import implant_tumors
 from fedseg.data.volumes import Volume, read_image, read_mask
 from fedseg.site_config import SiteConfig
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 REAL = Path(os.environ.get("FEDSEG_REAL_DATA") or CHECKOUT.parent / "shared" / "data" / "real")
 SITES = ("site-ct-a", "site-ct-b", "site-mr")
 FLIPS = [axes for count in (1, 2, 3) for axes in combinations(range(3), count)]

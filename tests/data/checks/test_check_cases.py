@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from nibabel.nifti1 import Nifti1Extension
 
-from fedseg.data import check as check_module
-from fedseg.data.check import check_folder
-from fedseg.data.findings import Finding
-from fedseg.data.identifiers import identifying_fields
+from fedseg.data.checks import check as check_module
+from fedseg.data.checks.check import check_folder
+from fedseg.data.checks.findings import Finding
+from fedseg.data.checks.identifiers import identifying_fields
 from fedseg.data.phantom import KINDS, make_phantom
 from fedseg.data.volumes import Volume
 from fedseg.site_config import SiteConfig

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from fedseg.data.checked_case import CheckedCase
-from fedseg.data.findings import Finding, Severity
+from fedseg.data.checks.checked_case import CheckedCase
+from fedseg.data.checks.findings import Finding, Severity
 
 __all__ = ["contents", "field_of_view", "liver_pieces", "liver_volume", "tumor_outside"]
 

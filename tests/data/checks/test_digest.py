@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedseg.data.digest import case_digest, content_digest
+from fedseg.data.checks.digest import case_digest, content_digest
 
 KEY = b"k" * 32
 
@@ -30,7 +30,7 @@ def test_other_scans_have_another() -> None:
 def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     one = scan()
     whole = content_digest(one), content_digest(one / 1000)
-    monkeypatch.setattr("fedseg.data.digest._CHUNK", 100)
+    monkeypatch.setattr("fedseg.data.checks.digest._CHUNK", 100)
     assert (content_digest(one), content_digest(one / 1000)) == whole
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedseg import cli
-from fedseg.data.check import check_folder
+from fedseg.data.checks.check import check_folder
 from fedseg.data.phantom import KINDS, make_phantom
 from fedseg.errors import DataError
 

@@ -11,19 +11,25 @@ import nibabel as nib
 import numpy as np
 
 from fedseg.data.cases import Case, nifti_stem, pairing_stem
-from fedseg.data.checked_case import CheckedCase
-from fedseg.data.digest import content_digest
-from fedseg.data.findings import SEVERITIES, Finding, Severity, case_finding, pairing_finding
-from fedseg.data.mask_checks import (
+from fedseg.data.checks.checked_case import CheckedCase
+from fedseg.data.checks.digest import content_digest
+from fedseg.data.checks.findings import SEVERITIES, Finding, Severity, case_finding, pairing_finding
+from fedseg.data.checks.mask_checks import (
     contents,
     field_of_view,
     liver_pieces,
     liver_volume,
     tumor_outside,
 )
-from fedseg.data.place_checks import placement
+from fedseg.data.checks.place_checks import placement
+from fedseg.data.checks.scan_checks import (
+    header_geometry,
+    identity,
+    intensity,
+    liver_hu,
+    voxel_size,
+)
 from fedseg.data.plan import REGIONS
-from fedseg.data.scan_checks import header_geometry, identity, intensity, liver_hu, voxel_size
 from fedseg.data.sites import site_cases
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.errors import CaseError

@@ -6,9 +6,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from fedseg.data.checked_case import CheckedCase, spread
-from fedseg.data.findings import Finding
-from fedseg.data.identifiers import identifying_fields
+from fedseg.data.checks.checked_case import CheckedCase, spread
+from fedseg.data.checks.findings import Finding
+from fedseg.data.checks.identifiers import identifying_fields
 
 __all__ = ["header_geometry", "identity", "intensity", "liver_hu", "voxel_size"]
 

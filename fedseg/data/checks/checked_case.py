@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from fedseg.data.findings import Finding, Severity
+from fedseg.data.checks.findings import Finding, Severity
 from fedseg.data.preprocess import modality_of
 from fedseg.data.volumes import Volume
 from fedseg.site_config import SiteConfig

@@ -5,8 +5,8 @@ from itertools import combinations
 
 import numpy as np
 
-from fedseg.data.checked_case import CheckedCase, Mask, spread
-from fedseg.data.findings import Finding
+from fedseg.data.checks.checked_case import CheckedCase, Mask, spread
+from fedseg.data.checks.findings import Finding
 
 __all__ = ["placement"]
 
