@@ -34,7 +34,7 @@ from fedseg.messages import (
 from fedseg.registry import is_custom, resolve
 from fedseg.segmentation.evaluation import evaluate_cases
 from fedseg.segmentation.losses import LOSSES
-from fedseg.segmentation.models import build_model
+from fedseg.segmentation.models import build_model, split_state
 from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
 from fedseg.segmentation.training import (
     FitReport,
@@ -265,9 +265,7 @@ def _network(
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Load the global weights; also return the shared floats as they came."""
     network = _built(plan.to_json(), str(device))
-    whole = network.state_dict()
-    shared = {name: tensor for name, tensor in whole.items() if tensor.is_floating_point()}
-    fixed = {name: tensor for name, tensor in whole.items() if name not in shared}
+    shared, fixed = split_state(network)
     records = message.content.array_records
     try:
         state = arrays_to_state(records[ARRAYS], shared)

@@ -29,6 +29,7 @@ __all__ = [
     "Greeting",
     "Task",
     "answer_message",
+    "array_bytes",
     "arrays_to_state",
     "greeting_message",
     "read_answer",
@@ -157,6 +158,11 @@ def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     )
 
 
+def array_bytes(record: ArrayRecord) -> int:
+    """Bytes that packed arrays take on the wire."""
+    return sum(len(array.data) for array in record.values())
+
+
 def arrays_to_state(
     record: ArrayRecord, like: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -256,7 +262,7 @@ def read_answer(message: Message, *, declared: Collection[str]) -> Answer:
     if metrics is None:
         return Answer(status="failed", reason=Reason.BAD_UPDATE)
     update = content.array_records.get(UPDATE)
-    size = sum(len(array.data) for array in update.values()) if update is not None else 0
+    size = array_bytes(update) if update is not None else 0
     return Answer(status="ok", metrics=metrics, update=update, bytes_up=size)
 
 

@@ -7,7 +7,7 @@ from nibabel.orientations import inv_ornt_aff, io_orientation
 
 from fedseg.errors import CaseError
 
-__all__ = ["check_affine", "check_apart", "ras_affine"]
+__all__ = ["check_affine", "check_apart", "farthest_corner", "ras_affine"]
 
 _MAX_EXTENT = 3000.0
 """mm along an axis; a wrong unit would resample to more voxels than memory holds."""
@@ -43,15 +43,20 @@ def check_affine(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None
         )
 
 
+def farthest_corner(shape: tuple[int, ...], difference: np.ndarray) -> float:
+    """Return how far, in mm, two affines put a corner of one volume apart at most."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+    corners = np.vstack([corners, np.ones(corners.shape[1])])
+    return float(np.linalg.norm((difference @ corners)[:3], axis=0).max())
+
+
 def check_apart(path: Path, shape: tuple[int, ...], difference: np.ndarray, most: float) -> None:
     """Refuse a mask whose affine differs from its image's by more than `most` mm at a corner.
 
     Raises:
         CaseError: It does.
     """
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
-    corners = np.vstack([corners, np.ones(corners.shape[1])])
-    apart = np.linalg.norm((difference @ corners)[:3], axis=0).max()
+    apart = farthest_corner(shape, difference)
     if apart > most:
         raise CaseError(
             path,

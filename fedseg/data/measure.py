@@ -18,7 +18,7 @@ from fedseg.data.checks.digest import content_digest, keyed_digest
 from fedseg.data.fingerprint import CaseMeasure, Fingerprint, bin_of, fingerprint_of
 from fedseg.data.node import Site
 from fedseg.data.plan import REGIONS
-from fedseg.data.preprocess import modality_of
+from fedseg.data.preprocess import AIR_HU, modality_of
 from fedseg.data.volumes import Volume, read_image, read_mask
 from fedseg.errors import CaseError, Reason, SiteError
 from fedseg.site_config import SiteConfig
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 """Raise it when measuring changes: kept measures are then made again."""
-
-_AIR_HU = -400.0
 
 Modality = Literal["ct", "mr"]
 
@@ -47,7 +45,7 @@ def measure(
         annotated: Regions the site annotates.
     """
     found: CaseMeasure = {}
-    body = scan.array > (_AIR_HU if modality == "ct" else scan.array.mean())
+    body = scan.array > (AIR_HU if modality == "ct" else scan.array.mean())
     if modality == "ct":
         found["body.hu"] = _shares("body.hu", scan.array[body])
         for region in annotated:

@@ -135,14 +135,13 @@ def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phant
     if "num-partitions" not in node_config:
         raise ConfigError("num-partitions: got nothing; expected it beside partition-id")
     index, sites = int(node_config["partition-id"]), int(node_config["num-partitions"])
-    others = {k: v for k, v in node_config.items() if k not in ("partition-id", "num-partitions")}
     if study.data.source == "phantom" and not make_phantoms:
-        config = load_site_config(others)
+        config = load_site_config(node_config)
         return Site(
             name=f"site-{index}", simulated=True, sites=sites, config=config, cases=(), unpaired=0
         )
     folder, wanted = _simulated_folder(index, sites, study)
-    config = load_site_config(others, folder=folder)
+    config = load_site_config(node_config, folder=folder)
     own_folder = study.data.partition == "folders"
     if not own_folder:  # a share of the researcher's own data has no policy of its own
         policy = PolicyConfig(allow_custom_code=True, min_count=1)

@@ -14,6 +14,7 @@ from fedseg.data.volumes import MAX_VOXELS, Volume
 from fedseg.errors import CaseError
 
 __all__ = [
+    "AIR_HU",
     "Modality",
     "Placement",
     "Prepared",
@@ -27,7 +28,9 @@ __all__ = [
 Modality = Literal["auto", "ct", "mr"]
 Box = tuple[slice, slice, slice]
 
-_AIR_HU = -400.0
+AIR_HU = -400.0
+"""What is brighter belongs to the body, on a coarse or averaged grid."""
+
 _MARGIN = 2
 
 
@@ -99,7 +102,7 @@ def prepare(scan: Volume, plan: Plan, *, modality: Modality = "auto") -> Prepare
     kind = modality_of(scan.array, modality)
     if kind == "ct":
         low, high = plan.ct_window
-        body = image > _AIR_HU
+        body = image > AIR_HU
     else:
         inside = image[image > image.min()]
         low, high = np.percentile(inside if inside.size else image, plan.mr_percentiles)

@@ -4,7 +4,6 @@ Flower's `send_and_receive` returns all replies in one list, so server memory gr
 of sites; `pull_messages` with many ids inflates everything that is ready. One id a call does not.
 """
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 __all__ = ["Arrival", "exchange"]
-
-log = logging.getLogger(__name__)
 
 _POLL_SECONDS = (0.1, 1.0)
 

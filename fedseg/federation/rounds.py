@@ -31,6 +31,7 @@ from fedseg.messages import (
     TRAIN_METRICS,
     Answer,
     Task,
+    array_bytes,
     read_answer,
     state_to_arrays,
     update_fits,
@@ -38,6 +39,7 @@ from fedseg.messages import (
 from fedseg.registry import resolve
 from fedseg.segmentation.metrics import add, empty_sums, summarise
 from fedseg.segmentation.model_file import save_model
+from fedseg.segmentation.models import split_state
 
 __all__ = ["Federation", "ServerEvaluation", "Summary", "run_rounds"]
 
@@ -73,18 +75,6 @@ class Federation:
     evaluate: ServerEvaluation
     best: float = -1.0
 
-    @property
-    def shared(self) -> dict[str, torch.Tensor]:
-        """Float state of the global model: what travels."""
-        state = self.network.state_dict()
-        return {name: t for name, t in state.items() if t.is_floating_point()}
-
-    @property
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """Integer state: sent to the sites, never averaged."""
-        state = self.network.state_dict()
-        return {name: t for name, t in state.items() if not t.is_floating_point()}
-
 
 def run_rounds(federation: Federation) -> list[dict[str, Any]]:
     """Run all rounds and return the lines of `history.jsonl`.
@@ -115,9 +105,10 @@ def _line(line: dict[str, Any], *, seconds: float) -> dict[str, Any]:
 
 
 def _messages(federation: Federation, config: ConfigRecord, kind: str) -> dict[str, Message]:
-    content = RecordDict({ARRAYS: state_to_arrays(federation.shared), CONFIG: config})
-    if federation.buffers:
-        content[BUFFERS] = state_to_arrays(federation.buffers)
+    shared, buffers = split_state(federation.network)
+    content = RecordDict({ARRAYS: state_to_arrays(shared), CONFIG: config})
+    if buffers:
+        content[BUFFERS] = state_to_arrays(buffers)
     return {
         site.name: Message(content, dst_node_id=site.node_id, message_type=kind)
         for site in federation.sites
@@ -137,10 +128,12 @@ def _task(federation: Federation, number: int) -> ConfigRecord:
 def _train_round(federation: Federation, number: int) -> dict[str, Any]:
     """One round of training; moves the global model."""
     nodes = [site.node_id for site in federation.sites]
-    before = {name: tensor.clone() for name, tensor in federation.shared.items()}
+    shared, buffers = split_state(federation.network)
+    before = {name: tensor.clone() for name, tensor in shared.items()}
     config = train_config(federation.strategy, number, before, _task(federation, number), nodes)
     messages = _messages(federation, config, "train")
-    down = sum(len(array.data) for array in state_to_arrays(before).values()) * len(messages)
+    template = next(iter(messages.values()))
+    down = array_bytes(template.content.array_records[ARRAYS]) * len(messages)
     spooled = federation.folder.path / "checkpoint" / "spool" / str(number)
     sites: dict[str, dict[str, Any]] = {}
     paths: dict[str, Path] = {}
@@ -169,9 +162,8 @@ def _train_round(federation: Federation, number: int) -> dict[str, Any]:
         )
     _check_weights(weights, federation.study.federation.weighting)
     mean = weighted_mean(paths, weights)
-    template = next(iter(messages.values()))
     moved = next_state(federation.strategy, number, before, mean, template)
-    federation.network.load_state_dict({**moved, **federation.buffers})
+    federation.network.load_state_dict({**moved, **buffers})
     shutil.rmtree(spooled.parent, ignore_errors=True)
     return {
         "round": number,

@@ -4,7 +4,7 @@ None keeps batch statistics: a mean over sites of running averages describes no 
 added at the server can make a variance negative.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from monai.networks.layers.factories import Norm
@@ -15,7 +15,7 @@ from fedseg.data.plan import CLASSES, Plan
 from fedseg.errors import ConfigError, ModelError
 from fedseg.registry import resolve
 
-__all__ = ["MODELS", "build_model", "check_patch", "parameter_count"]
+__all__ = ["MODELS", "build_model", "check_patch", "parameter_count", "split_state"]
 
 Builder = Callable[[Plan, int, int], nn.Module]
 
@@ -178,8 +178,12 @@ def _replace_batch_norm(network: nn.Module) -> None:
             _replace_batch_norm(child)
 
 
-def shared_names(network: nn.Module) -> Iterator[str]:
-    """Names of the state that travels: every floating-point tensor, parameters and buffers."""
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            yield name
+def split_state(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split a network's state into what is averaged and what isn't.
+
+    Returns:
+        Every floating-point tensor, parameters and buffers; and the integer buffers.
+    """
+    state = network.state_dict()
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return floats, {name: tensor for name, tensor in state.items() if name not in floats}

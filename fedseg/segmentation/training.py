@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,12 +208,3 @@ def log_progress(site: str, round_number: int) -> Callable[[int, int, float], No
             )
 
     return on_step
-
-
-def float_state(network: nn.Module) -> Mapping[str, torch.Tensor]:
-    """The floating-point tensors of a network, on the CPU, detached."""
-    return {
-        name: tensor.detach().cpu()
-        for name, tensor in network.state_dict().items()
-        if tensor.is_floating_point()
-    }

@@ -17,7 +17,7 @@ from fedseg.segmentation.models import (
     check_logits,
     check_patch,
     parameter_count,
-    shared_names,
+    split_state,
 )
 
 
@@ -103,7 +103,7 @@ def test_seeded_weights_are_bit_identical_and_the_global_rng_is_left_alone(name:
 @pytest.mark.parametrize("name", MODELS)
 def test_all_float_state_is_shared(name: str) -> None:
     network = build_model(a_plan(name))
-    assert list(shared_names(network)) == list(network.state_dict())
+    assert list(split_state(network)[0]) == list(network.state_dict())
 
 
 @pytest.mark.parametrize(

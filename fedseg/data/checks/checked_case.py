@@ -10,14 +10,13 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from fedseg.data.checks.findings import Finding, Severity
-from fedseg.data.preprocess import modality_of
+from fedseg.data.preprocess import AIR_HU, modality_of
 from fedseg.data.volumes import Volume
 from fedseg.site_config import SiteConfig
 
 __all__ = ["CheckedCase", "spread"]
 
 _COARSE_MM = 6.0
-_AIR_HU = -400.0
 
 Mask = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
@@ -140,7 +139,7 @@ class CheckedCase:
     def body(self) -> Mask:
         """The patient, coarse and with lungs and gut filled; all False where there is none."""
         if self.modality == "ct":
-            threshold = _AIR_HU
+            threshold = AIR_HU
         else:
             low, high = np.percentile(self.coarse, (1, 99))
             threshold = low + 0.1 * (high - low)

@@ -9,6 +9,7 @@ from nibabel.spatialimages import HeaderDataError
 from fedseg.data.checks.checked_case import CheckedCase, spread
 from fedseg.data.checks.findings import Finding
 from fedseg.data.checks.identifiers import identifying_fields
+from fedseg.data.grids import farthest_corner
 
 __all__ = ["header_geometry", "identity", "intensity", "liver_hu", "voxel_size"]
 
@@ -86,9 +87,7 @@ def _apart(header: nib.Nifti1Header, shape: tuple[int, ...]) -> float:
         change = header.get_qform() - header.get_sform()
     except (HeaderDataError, ValueError):
         return float("inf")
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
-    corners = np.vstack([corners, np.ones(corners.shape[1])])
-    apart = float(np.linalg.norm((change @ corners)[:3], axis=0).max())
+    apart = farthest_corner(shape, change)
     return apart if np.isfinite(apart) else float("inf")
 
 
