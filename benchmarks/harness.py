@@ -75,3 +75,86 @@ def write_result(name: str, text: str) -> None:
     print(text)
     file = f"{datetime.date.today()}-{name}.md"
     (ROOT / "benchmarks" / "results" / file).write_text(text)
+
+
+def rival_venv(folder: Path, requirements: list[str]) -> Path:
+    """Python of a venv for a rival, made once; torch is the one this process has."""
+    import torch
+
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if not ready.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pinned = f"torch=={torch.__version__.partition('+')[0]}"
+        subprocess.run([python, "-m", "pip", "install", "-q", pinned], check=True)
+        constraints = folder / "constraints.txt"
+        constraints.write_text(pinned + "\n")
+        command = [python, "-m", "pip", "install", "-q", "-c", constraints, *requirements]
+        subprocess.run(command, check=True)
+        ready.touch()
+    return python
+
+
+def synthetic_scan(shape: tuple[int, int, int], seed: int):
+    """HU int16 and labels uint8: a body with a liver and a tumour, noise as CT has it."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    x, y, z = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
+    x, y, z = x[:, None, None], y[None, :, None], z[None, None, :]
+    labels = ((x + 0.3) ** 2 + y**2 + z**2 < 0.2).astype(np.uint8)
+    labels[(x + 0.35) ** 2 + (y - 0.1) ** 2 + z**2 < 0.015] = 2
+    body = x**2 + (y / 0.8) ** 2 < 0.9
+    image = np.where(body, np.float32(50), np.float32(-1000)) + np.array([0, 60, 10])[labels]
+    image = image + 20 * rng.standard_normal(shape, dtype=np.float32)
+    return image.astype(np.int16), labels
+
+
+def cached_scan(folder: Path, shape: tuple[int, int, int], seed: int):
+    """A case as FedSeg's cache holds it, made directly: memory-mapped arrays of any size."""
+    import numpy as np
+
+    from fedseg.data.cache import CachedCase
+    from fedseg.data.preprocess import Placement
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "truth.npy").exists():
+        hu, labels = synthetic_scan(shape, seed)
+        np.save(folder / "image.npy", np.clip((hu - 50) / 70, -2, 2).astype(np.float16))
+        for name, lowest in (("liver", 1), ("tumor", 2)):
+            indices = np.flatnonzero(labels >= lowest)
+            chosen = np.random.default_rng(0).choice(indices, min(indices.size, 20_000), False)
+            np.save(folder / f"{name}.npy", np.sort(chosen))
+        np.save(folder / "labels.npy", labels)
+        np.save(folder / "truth.npy", labels)
+    found = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("image", "labels", "truth", "liver", "tumor")
+    }
+    x, y, z = shape
+    whole = (slice(0, x), slice(0, y), slice(0, z))
+    return CachedCase(
+        image=found["image"],
+        labels=found["labels"],
+        truth=found["truth"],
+        foreground={name: found[name] for name in ("liver", "tumor")},
+        placement=Placement(shape=shape, grid=shape, box=whole),
+    )
+
+
+def watched(command: list) -> tuple[float, float]:
+    """Run a command; return its seconds and its peak resident memory, GB, seen from outside."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        # Its own peak: ru_maxrss would count this process as it was when it forked.
+        try:
+            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        except OSError:
+            break
+        peak = max(peak, int(found.group(1)) if found else 0)
+        time.sleep(0.02)
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.monotonic() - began, peak / 1e6

@@ -3,24 +3,32 @@
 import functools
 import logging
 import os
-import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 # Waiting OpenMP threads that spin stall a step for seconds when other work shares the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fedseg.arrays import arrays_to_state
 from fedseg.config import StudyConfig
 from fedseg.data.measure import site_fingerprint
 from fedseg.data.node import Site, SiteCases, load_cases, open_site, own_name
-from fedseg.data.patches import batches
 from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, ModelError, Reason, SiteError
+from fedseg.federation.compression import scheme_of
+from fedseg.federation.flat import layout_of
+from fedseg.federation.site_round import (
+    kept_folder,
+    local_layers,
+    packed,
+    personal_sums,
+    train_at_site,
+)
 from fedseg.logs import show_logs
 from fedseg.messages import (
     ARRAYS,
@@ -28,23 +36,14 @@ from fedseg.messages import (
     Greeting,
     Task,
     answer_message,
-    arrays_to_state,
     greeting_message,
+    stored_study,
 )
-from fedseg.registry import is_custom, resolve
+from fedseg.registry import is_custom
 from fedseg.segmentation.evaluation import evaluate_cases
-from fedseg.segmentation.losses import LOSSES
-from fedseg.segmentation.models import build_model, split_state
-from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
-from fedseg.segmentation.training import (
-    FitReport,
-    choose_device,
-    fit,
-    log_progress,
-    make_optimizer,
-    set_threads,
-    steps_in_round,
-)
+from fedseg.segmentation.models import build_model
+from fedseg.segmentation.sharing import split_state
+from fedseg.segmentation.training import choose_device, set_threads
 
 __all__ = ["app"]
 
@@ -62,11 +61,7 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
     def handler(message: Message, context: Context) -> Message:
         show_logs()
         try:
-            try:
-                study = StudyConfig.from_run_config(context.run_config)
-            except ConfigError as error:
-                raise SiteError(Reason.CONFIG_MISMATCH, str(error)) from None
-            return work(message, context, study)
+            return work(message, context, _study(message, context))
         except SiteError as error:
             reason = error.reason
             log.error("%s: %s", reason.value, error)
@@ -91,6 +86,17 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
         return answer_message(message, status=status, reason=reason)
 
     return handler
+
+
+def _study(message: Message, context: Context) -> StudyConfig:
+    """Flower's run config; in a resumed run the config it began with, which the message carries."""
+    stored = stored_study(message)
+    try:
+        if stored is not None:
+            return StudyConfig.from_json(stored)
+        return StudyConfig.from_run_config(context.run_config)
+    except ConfigError as error:
+        raise SiteError(Reason.CONFIG_MISMATCH, str(error)) from None
 
 
 def _apology(context: Context, reason: Reason) -> Greeting:
@@ -128,86 +134,49 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
     """Train the global model on the site's cases and answer with the change."""
     task, plan, site = _accept(message, context, study)
     cases = _cases(site, plan, study)
-    policy = site.config.policy
-    if len(cases.training) + len(cases.validation) < policy.min_cases:
+    if len(cases.training) + len(cases.validation) < site.config.policy.min_cases:
         raise SiteError(Reason.POLICY_MIN_CASES)
     device = _device(site)
-    network, state = _network(message, plan, device)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    if policy.max_bytes is not None and size > policy.max_bytes:
-        raise SiteError(Reason.POLICY_MAX_BYTES)
-    report = _fit(network, cases, plan, task, site, study, device)
-    trained = network.state_dict()
-    update = {name: trained[name].cpu() - before for name, before in state.items()}
+    kept = kept_folder(site, task.study_run, task.round_number - 1)
+    network, shared = _network(message, plan, study, kept, device)
+    _check_size(site, scheme_of(study.federation).bytes(layout_of(shared).size))
+    trained = train_at_site(network, cases, plan, task, site, study, device)
+    after = network.state_dict()
+    update = {name: after[name].cpu() - before for name, before in shared.items()}
     if not all(bool(torch.isfinite(change).all()) for change in update.values()):
         raise SiteError(Reason.NOT_FINITE)
+    parts = packed(update, study, site, task)
     metrics = {
         "cases": len(cases.training),
-        "patches": report.patches,
-        "steps": report.steps,
-        "loss": report.loss,
-        "seconds": report.seconds,
+        "voxels": sum(case.image.size for case in cases.training),
+        "annotated": len(site.config.labels),
         "skipped": cases.skipped,
+        "patches": trained.report.patches,
+        "steps": trained.report.steps,
+        "first_loss": trained.first_loss,
+        "loss": trained.report.loss,
+        "seconds": trained.report.seconds,
     }
-    return answer_message(message, status="ok", metrics=metrics, update=update)
+    return answer_message(message, status="ok", metrics=metrics, update=parts)
 
 
-def _fit(
-    network: nn.Module,
-    cases: SiteCases,
-    plan: Plan,
-    task: Task,
-    site: Site,
-    study: StudyConfig,
-    device: torch.device,
-) -> FitReport:
-    """Train in place, with the optimiser as the site left it after the round before."""
-    keep = study.train.optimizer_state == "keep"
-    kept = site.config.cache / "state" / task.study_run / (site.name or "site")
-    optimizer = make_optimizer(network, study.train)
-    if keep:
-        load_optimizer(optimizer, kept / f"round-{task.round_number - 1}")
-    steps = steps_in_round(study.train, len(cases.training), plan.batch_size)
-    # Randomness comes from (seed, site, round), never from process state.
-    seed = [study.train.seed, task.round_number, *site.name.encode()]
-    report = fit(
-        network,
-        batches(
-            cases.training,
-            steps=steps,
-            batch_size=plan.batch_size,
-            patch_size=plan.patch_size,
-            foreground=study.train.foreground,
-            augmentation=study.train.augmentation,
-            rng=np.random.default_rng(seed),
-        ),
-        resolve("train.loss", study.train.loss, LOSSES),
-        study.train,
-        steps=steps,
-        round_number=task.round_number,
-        rounds=task.rounds,
-        annotated=site.config.labels,
-        proximal_mu=task.proximal_mu,
-        device=device,
-        optimizer=optimizer,
-        on_step=log_progress(site.name or "this site", task.round_number),
-    )
-    if task.round_number >= task.rounds:
-        shutil.rmtree(kept, ignore_errors=True)
-    elif keep:
-        save_optimizer(optimizer, kept / f"round-{task.round_number}")
-    return report
+def _check_size(site: Site, size: int) -> None:
+    most = site.config.policy.max_bytes
+    if most is not None and size > most:
+        raise SiteError(Reason.POLICY_MAX_BYTES)
 
 
 @app.evaluate()
 @answered
 def evaluate(message: Message, context: Context, study: StudyConfig) -> Message:
     """Score the global model on the site's held-out cases and answer with sums and counts."""
-    _, plan, site = _accept(message, context, study)
+    task, plan, site = _accept(message, context, study)
     cases = _cases(site, plan, study)
     device = _device(site)
-    network, _ = _network(message, plan, device)
-    sums = evaluate_cases(
+    kept = kept_folder(site, task.study_run, task.round_number)
+    network, _ = _network(message, plan, study, kept, device)
+    score = functools.partial(
+        evaluate_cases,
         network,
         cases.validation,
         plan,
@@ -215,7 +184,9 @@ def evaluate(message: Message, context: Context, study: StudyConfig) -> Message:
         precision=study.train.precision,
         annotated=site.config.labels,
     )
-    sums["skipped"] = float(cases.skipped)
+    sums = {**score(), "skipped": float(cases.skipped)}
+    if task.final:
+        sums.update(personal_sums(network, plan, site, task, sums, score))
     return answer_message(message, status="ok", metrics=sums)
 
 
@@ -261,16 +232,22 @@ def _built(plan_json: str, device: str) -> nn.Module:
 
 
 def _network(
-    message: Message, plan: Plan, device: torch.device
+    message: Message, plan: Plan, study: StudyConfig, kept: Path, device: torch.device
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Load the global weights; also return the shared floats as they came."""
+    """Load the global weights and this site's local layers; also return the shared as they came."""
     network = _built(plan.to_json(), str(device))
-    shared, fixed = split_state(network)
+    state = split_state(network, study.federation.shared)
     records = message.content.array_records
+    dtype = torch.float16 if study.federation.download == "fp16" else None
+    like = {
+        name: torch.empty_like(t, device="meta", dtype=dtype) for name, t in state.shared.items()
+    }
     try:
-        state = arrays_to_state(records[ARRAYS], shared)
-        buffers = arrays_to_state(records[BUFFERS], fixed) if fixed else {}
+        arrived = arrays_to_state(records[ARRAYS], like)
+        fixed = arrays_to_state(records[BUFFERS], state.fixed) if state.fixed else {}
     except (KeyError, ValueError) as error:
         raise SiteError(Reason.MODEL, f"the server's weights don't fit: {error}") from None
-    network.load_state_dict({**state, **buffers})
-    return network, state
+    shared = {name: t.to(state.shared[name].dtype) for name, t in arrived.items()}
+    local = local_layers(network, plan, study, kept)
+    network.load_state_dict({**shared, **local, **fixed})
+    return network, shared

@@ -89,6 +89,10 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "out-of-memory"
     NOT_FINITE = "not-finite"
     BAD_UPDATE = "bad-update"
+    ZERO_UPDATE = "zero-update"
+    UPDATE_NORM = "update-norm"
+    UPDATE_DIRECTION = "update-direction"
+    UPDATE_PROBE = "update-probe"
     DEADLINE = "deadline"
     UNREACHABLE = "unreachable"
     CRASHED = "crashed"
@@ -116,6 +120,10 @@ REASONS: dict[Reason, str] = {
     Reason.OUT_OF_MEMORY: "it ran out of memory; take a smaller train.patch-size or batch-size",
     Reason.NOT_FINITE: "its update has NaN or Inf; take a smaller train.learning-rate",
     Reason.BAD_UPDATE: "its update has other names, shapes or types than the model",
+    Reason.ZERO_UPDATE: "its update changes nothing; check its data and train.learning-rate",
+    Reason.UPDATE_NORM: "its update is far larger than the others' (federation.guard-norm)",
+    Reason.UPDATE_DIRECTION: "its updates go against the others' (federation.guard-opposition)",
+    Reason.UPDATE_PROBE: "its update makes the model worse on the server's cases",
     Reason.DEADLINE: "it didn't answer within the deadline",
     Reason.UNREACHABLE: "its node went away",
     Reason.CRASHED: "its process was killed, most often for lack of memory",

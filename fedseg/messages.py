@@ -1,22 +1,22 @@
 """The one place that knows record keys: what travels between server and site, packed and unpacked.
 
 Server to site: `arrays` (shared floats), `buffers` (integer state, where the network has any),
-`config` (see `Task`). Site to server: `update` (change of the shared floats), `metrics` (numbers
-under declared keys), `status` (ok, failed or refused, and a reason code), `fingerprint`.
+`config` (see `Task`; of a resumed run also the stored study config). Site to server:
+`update` (change of the shared floats), `metrics` (numbers under declared keys), `status` (ok,
+failed or refused, and a reason code), `fingerprint`.
 """
 
-import io
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
+from fedseg.arrays import array_bytes, state_to_arrays
+from fedseg.config import StudyConfig
 from fedseg.errors import ConfigError, Reason
 from fedseg.site_config import valid_site_name
 
@@ -24,29 +24,34 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "FINGERPRINT",
+    "PERSONAL",
     "TRAIN_METRICS",
     "Answer",
     "Greeting",
     "Task",
     "answer_message",
-    "array_bytes",
-    "arrays_to_state",
     "greeting_message",
+    "query_content",
     "read_answer",
     "read_greeting",
-    "state_to_arrays",
-    "update_fits",
+    "stored_study",
+    "study_text",
 ]
 
 ARRAYS, BUFFERS, CONFIG = "arrays", "buffers", "config"
 UPDATE, METRICS, STATUS, SITE = "update", "metrics", "status", "site"
 FINGERPRINT = "fingerprint"
 
-TRAIN_METRICS = ("cases", "patches", "steps", "loss", "seconds", "skipped")
+TRAIN_METRICS = (
+    *("cases", "voxels", "annotated", "skipped"),
+    *("patches", "steps", "first_loss", "loss", "seconds"),
+)
 """Numbers a site sends about training; about evaluation it sends `metrics.empty_sums`."""
 
-_HEADER_BYTES = 4096
-"""An array travels as .npy; its header is far shorter than this."""
+PERSONAL = "personal."
+"""Prefix of the same sums for the site's personal model, and of whether it was kept."""
+
+_MAX_STUDY = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,8 @@ class Task:
         plan: The plan as JSON.
         round_number: This round, from 1.
         rounds: Rounds of the whole run.
+        final: Whether training is over: the site then compares its personal model.
+        study: Study config as JSON where it isn't Flower's run config: in a resumed run.
         proximal_mu: FedProx's mu; 0 elsewhere. Under Flower's own key.
     """
 
@@ -67,6 +74,8 @@ class Task:
     plan: str
     round_number: int
     rounds: int
+    final: bool = False
+    study: str = ""
     proximal_mu: float = 0.0
 
     def to_record(self) -> ConfigRecord:
@@ -78,6 +87,8 @@ class Task:
                 "plan": self.plan,
                 "server-round": self.round_number,
                 "rounds": self.rounds,
+                "final": self.final,
+                **({"study": self.study} if self.study else {}),
             }
         )
 
@@ -106,6 +117,7 @@ class Task:
             plan=str(texts[2]),
             round_number=int(str(numbers[0])),
             rounds=int(str(numbers[1])),
+            final=record.get("final") is True,
             proximal_mu=float(mu),
         )
 
@@ -136,7 +148,7 @@ class Answer:
         reason: Why not ok.
         detail: A Python package name where one is missing, else `""`.
         metrics: Numbers the site sent.
-        update: Change of the shared floats, None where there is none.
+        update: Encoded change of the shared floats, None where there is none.
         bytes_up: Size of the arrays received.
     """
 
@@ -148,70 +160,21 @@ class Answer:
     bytes_up: int = 0
 
 
-def state_to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Pack tensors as .npy arrays."""
-    return ArrayRecord(
-        {
-            name: Array(np.asarray(tensor.detach().cpu().numpy(), order="C"))
-            for name, tensor in state.items()
-        }
-    )
+def stored_study(message: Message) -> str | None:
+    """Study config (JSON) that a message of a resumed run carries, None elsewhere."""
+    text = message.content.config_records.get(CONFIG, ConfigRecord()).get("study")
+    return text if isinstance(text, str) and len(text) <= _MAX_STUDY else None
 
 
-def array_bytes(record: ArrayRecord) -> int:
-    """Bytes that packed arrays take on the wire."""
-    return sum(len(array.data) for array in record.values())
+def query_content(study: StudyConfig) -> RecordDict:
+    """Content of hello and fingerprint: nothing, or the stored study config of a resumed run."""
+    text = study_text(study)
+    return RecordDict({CONFIG: ConfigRecord({"study": text})} if text else {})
 
 
-def arrays_to_state(
-    record: ArrayRecord, like: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Unpack arrays after checking that they are just those of `like`.
-
-    Nothing is decoded that isn't exactly the tensor it is for, so a hostile header can't make this
-    side allocate more than the model.
-
-    Raises:
-        ValueError: Names, shapes, types or sizes differ.
-    """
-    if set(record) != set(like):
-        raise ValueError("other names than the model's")
-    state = {}
-    for name, tensor in like.items():
-        array = record[name]
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        declared = (array.stype, array.dtype, tuple(array.shape))
-        if declared != ("numpy.ndarray", dtype.name, tuple(tensor.shape)):
-            raise ValueError("other shapes or types than the model's")
-        state[name] = torch.from_numpy(_decode(array.data, tuple(tensor.shape), dtype))
-    return state
-
-
-def _decode(data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Read a .npy of just this shape and type; `np.load` allocates whatever the header claims."""
-    file = io.BytesIO(data[:_HEADER_BYTES])
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-        raise ValueError("another .npy version")
-    header = np.lib.format.read_array_header_1_0(file)
-    if header != (shape, False, dtype):
-        raise ValueError("a header with another shape or type")
-    if len(data) != file.tell() + dtype.itemsize * math.prod(shape):
-        raise ValueError("another number of bytes")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape).copy()
-
-
-def update_fits(
-    update: ArrayRecord, like: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor] | Reason:
-    """Decode an update under bounds and check it alone: names, shapes, types, finite."""
-    try:
-        state = arrays_to_state(update, like)
-    except (ValueError, TypeError, KeyError, EOFError):
-        return Reason.BAD_UPDATE
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        return Reason.NOT_FINITE
-    return state
+def study_text(study: StudyConfig) -> str:
+    """Study config to send: Flower's run config reaches the sites anyway, unless it is resumed."""
+    return study.model_dump_json(by_alias=True) if study.output.resume else ""
 
 
 def answer_message(

@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -19,14 +20,25 @@ from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
 from fedseg.data.fingerprint import shared_scans
 from fedseg.data.held_out import server_cases
-from fedseg.data.plan import Plan
+from fedseg.data.plan import REGIONS, Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
 from fedseg.errors import FedSegError, ModelError, StudyError
+from fedseg.federation.federation import Federation, ServerEvaluation, Summary
 from fedseg.federation.fingerprints import collect_fingerprints
-from fedseg.federation.rounds import Federation, ServerEvaluation, Summary, run_rounds
+from fedseg.federation.flat import layout_of
+from fedseg.federation.head import head_rows
+from fedseg.federation.history import check_monitor
+from fedseg.federation.reduce import reducer_of
+from fedseg.federation.resume import resume
+from fedseg.federation.rounds import personal_models, run_rounds
 from fedseg.federation.run_folder import RunFolder, new_run_id
-from fedseg.federation.sites import find_sites
-from fedseg.federation.strategies import make_strategy
+from fedseg.federation.sites import KnownSite, find_sites
+from fedseg.federation.strategies import (
+    check_strategy,
+    least_sites,
+    make_strategy,
+    restore_strategy,
+)
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.logs import show_logs
 from fedseg.registry import is_custom, resolve
@@ -36,6 +48,7 @@ from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.metrics import summarise
 from fedseg.segmentation.model_file import read_model_file, sha256_of
 from fedseg.segmentation.models import build_model, check_logits, check_patch, parameter_count
+from fedseg.segmentation.sharing import split_state
 from fedseg.segmentation.training import choose_device, set_threads
 
 __all__ = ["app", "run_study"]
@@ -71,63 +84,121 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_study(grid: Grid, context: Context) -> RunFolder:
-    """Run the study and return its folder.
+    """Run the study, or go on with one, and return its folder.
 
     Raises:
         FedSegError: It can't start or go on.
     """
     study = StudyConfig.from_run_config(context.run_config)
     set_threads(None)
+    begin = _resumed if study.output.resume else _new
+    federation = begin(grid, study)
+    folder = federation.folder
+    log.info("run folder: %s", folder.path)
+    log.info("%d sites: %s", *(len(federation.sites), ", ".join(s.name for s in federation.sites)))
+    log.info("%s with %d parameters", *(federation.plan.model, parameter_count(federation.network)))
+    _log_plan(federation.plan)
+    sites = {s.name: {"verified": s.verified, "simulated": s.simulated} for s in federation.sites}
+    folder.update_manifest(status="running", error=None, sites=sites)
+    folder.add_flower_run(context.run_id)
+    try:
+        history = run_rounds(federation)
+        personal = personal_models(federation) if federation.study.federation.personal else {}
+    except BaseException as error:
+        folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
+        raise
+    models = sorted(folder.path.glob("model-*.safetensors"))
+    hashes = {path.name: sha256_of(path) for path in models}
+    folder.update_manifest(status="completed", sha256=hashes, personal=personal)
+    print(result_table(history), flush=True)
+    _say_personal(personal)
+    print(f"Run folder: {folder.path}", flush=True)
+    return folder
+
+
+def _new(grid: Grid, study: StudyConfig) -> Federation:
+    """Find the sites, plan by their fingerprints, make the run folder."""
     # Planned without fingerprints first: a name or size that can't be is an error before a site
     # is asked for anything.
     plan = make_plan(study)
     network, strategy = _parts(study, plan)
-    sites = find_sites(grid, study)
+    sites = _enough_sites(grid, study)
     fingerprints = {}
     if needs_fingerprints(study):
-        deadline = study.federation.round_deadline
-        fingerprints = collect_fingerprints(grid, sites, deadline=deadline)
+        fingerprints = collect_fingerprints(grid, sites, study)
         plan = make_plan(study, list(fingerprints.values()))
         network, strategy = _parts(study, plan)
     shared = shared_scans(fingerprints)
-    folder = RunFolder(study, plan, new_run_id())
-    log.info("run folder: %s", folder.path)
-    log.info("%d sites: %s", len(sites), ", ".join(site.name for site in sites))
-    log.info("%s with %d parameters", plan.model, parameter_count(network))
+    folder = RunFolder.create(study, plan, new_run_id())
     folder.update_manifest(
-        status="running",
         seed=study.train.seed,
-        flwr_runs=[context.run_id],
-        sites={s.name: {"verified": s.verified, "simulated": s.simulated} for s in sites},
         parameters=parameter_count(network),
         fingerprints=sorted(fingerprints),
         shared_scans=[[*pair, count] for pair, count in shared.items()],
     )
     for (one, other), count in shared.items():
         log.warning("%s and %s both hold %d scans: leave them out at one", one, other, count)
-    _log_plan(plan)
-    try:
-        federation = Federation(
-            grid=grid,
-            study=study,
-            plan=plan,
-            sites=sites,
-            network=network,
-            strategy=strategy,
-            folder=folder,
-            evaluate=_server_evaluation(study, plan, all(site.simulated for site in sites)),
-        )
-        history = run_rounds(federation)
-    except BaseException as error:
-        folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
-        raise
-    models = sorted(folder.path.glob("model-*.safetensors"))
-    folder.update_manifest(
-        status="completed", sha256={path.name: sha256_of(path) for path in models}
+    return _federation(grid, study, plan, sites, network, strategy, folder)
+
+
+def _resumed(grid: Grid, study: StudyConfig) -> Federation:
+    """Open a run's folder and take up its checkpoint; nothing is planned anew."""
+    run = resume(study)
+    network, strategy = _parts(run.study, run.plan)
+    sites = _enough_sites(grid, run.study)
+    network.load_state_dict(run.checkpoint.model)
+    restore_strategy(strategy, run.checkpoint.strategy)
+    federation = _federation(grid, run.study, run.plan, sites, network, strategy, run.folder)
+    federation.progress = run.checkpoint.progress
+    log.info("goes on after round %d", federation.progress.round)
+    return federation
+
+
+def _federation(
+    grid: Grid,
+    study: StudyConfig,
+    plan: Plan,
+    sites: list[KnownSite],
+    network: nn.Module,
+    strategy: Strategy,
+    folder: RunFolder,
+) -> Federation:
+    rows: list[tuple[int, int]] = []
+    if study.federation.weighting == "annotated":
+        layout = layout_of(split_state(network, study.federation.shared).shared)
+        rows = head_rows(network, layout, plan)[REGIONS["tumor"]]
+    return Federation(
+        grid=grid,
+        study=study,
+        plan=plan,
+        sites=sites,
+        network=network,
+        strategy=strategy,
+        reduce=reducer_of(study, tumor_rows=rows),
+        folder=folder,
+        evaluate=_server_evaluation(study, plan, all(site.simulated for site in sites)),
     )
-    print(result_table(history), flush=True)
-    print(f"Run folder: {folder.path}", flush=True)
-    return folder
+
+
+def _enough_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
+    sites = find_sites(grid, study)
+    least = least_sites(study)
+    if len(sites) < least:
+        raise StudyError(
+            f"federation.strategy: '{study.federation.strategy}' got {len(sites)} sites; expected "
+            f"at least {least}; take another strategy or a smaller federation.malicious-sites"
+        )
+    return sites
+
+
+def _say_personal(personal: Mapping[str, Mapping[str, Any]]) -> None:
+    kept = [name for name, entry in personal.items() if entry["kept"]]
+    if personal:
+        print(
+            f"Personal model better than the global one on its own held-out cases at "
+            f"{len(kept)} of {len(personal)} sites{': ' if kept else ''}{', '.join(kept)}",
+            flush=True,
+        )
 
 
 def _log_plan(plan: Plan) -> None:
@@ -146,6 +217,8 @@ def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
     try:
         resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
         resolve("train.loss", study.train.loss, LOSSES)
+        check_strategy(study)
+        check_monitor(study.federation.monitor)
         return _initial_network(study, plan), make_strategy(study)
     except ModuleNotFoundError as error:
         raise StudyError(

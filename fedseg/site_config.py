@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import tomli
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
-from fedseg.config import Scalar, Section, kebab, readable
+from fedseg.config import Scalar, readable
 from fedseg.errors import ConfigError, DataError
 from fedseg.registry import did_you_mean
+from fedseg.sections import Section, kebab
 
 __all__ = [
     "LabelMap",

@@ -18,10 +18,13 @@ from safetensors.torch import load_file
 from fedseg import cli, client_app, server_app
 from fedseg.data.fingerprint import EDGES, Fingerprint
 from fedseg.errors import ConfigError, ModelError, Reason, StudyError
-from fedseg.messages import TRAIN_METRICS
+from fedseg.federation import site_round
+from fedseg.messages import PERSONAL, TRAIN_METRICS
 from fedseg.segmentation.metrics import empty_sums
 
 Run = Callable[..., Any]
+
+EVALUATION_KEYS = {*empty_sums(), *(PERSONAL + key for key in (*empty_sums(), "kept"))}
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ class TestWhatLeaves:
         assert set(content["status"]) == {"status", "reason"}
         assert content["status"]["status"] in ("ok", "failed", "refused")
         assert content["status"]["reason"] in ("", *list(Reason))
-        declared = set(TRAIN_METRICS) if kind == "train" else set(empty_sums())
+        declared = set(TRAIN_METRICS) if kind == "train" else EVALUATION_KEYS
         assert set(content["metrics"]) <= declared
         assert all(type(value) is float for value in content["metrics"].values())
         for array in content["update"].values() if "update" in content else ():
@@ -281,7 +284,7 @@ def test_an_exception_at_a_site_leaves_no_trace_of_it(
     @contextlib.contextmanager
     def failing(message: Message) -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(client_app, "fit", fit)
+            patch.setattr(site_round, "fit", fit)
             yield
 
     folder, grid = run_study(three_sites, around={22: failing})

@@ -16,8 +16,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "logs"),
     ("registry",),
+    ("sections",),
     ("config",),
     ("site_config",),
+    ("arrays",),
     ("messages",),
     ("data",),
     ("segmentation",),
@@ -26,7 +28,16 @@ LAYERS = (
     ("client_app", "server_app", "cli"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-FREE_OF_FLOWER = ("errors", "logs", "registry", "config", "site_config", "data", "segmentation")
+FREE_OF_FLOWER = (
+    "errors",
+    "logs",
+    "registry",
+    "sections",
+    "config",
+    "site_config",
+    "data",
+    "segmentation",
+)
 
 
 def module_name(path: Path) -> str:

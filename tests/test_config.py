@@ -173,10 +173,11 @@ def test_digest_covers_all_but_output() -> None:
         "data.source",
         "train.backend",
         "federation.compression",
+        "federation.download",
+        "federation.late",
         "federation.shared",
         "privacy.mode",
         "privacy.secure-aggregation",
-        "output.resume",
     }
     assert base.digest() == StudyConfig().digest()
     assert re.fullmatch("[0-9a-f]{64}", base.digest())

@@ -5,13 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from fedseg.data.augmentation import AIR, RECIPES, Recipe, apply_change, draw_change, source_size
 from fedseg.data.cache import CachedCase
 from fedseg.data.plan import REGIONS
 
-__all__ = ["batches", "cut_patch", "draw_centre"]
-
-_AIR = -2.0
-"""Where a patch reaches past the scan it holds what the clipped window holds outside the body."""
+__all__ = ["batches", "cut", "draw_centre", "draw_sample", "patch_start"]
 
 
 def draw_centre(
@@ -29,22 +27,68 @@ def draw_centre(
     return x, y, z
 
 
-def cut_patch(
-    case: CachedCase, centre: Sequence[int], size: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut image float32 and labels uint8 of `size` around a centre, kept inside where it fits."""
-    inside, outside = [], []
-    for middle, wanted, n in zip(centre, size, case.image.shape, strict=True):
-        start = min(max(middle - wanted // 2, 0), max(n - wanted, 0))
-        stop = min(start + wanted, n)
-        before = (wanted - (stop - start)) // 2
-        inside.append(slice(start, stop))
-        outside.append(slice(before, before + stop - start))
-    image = np.full(tuple(size), _AIR, np.float32)
-    labels = np.zeros(tuple(size), np.uint8)
-    image[tuple(outside)] = case.image[tuple(inside)]
-    labels[tuple(outside)] = case.labels[tuple(inside)]
+def patch_start(
+    shape: Sequence[int], centre: Sequence[int], size: Sequence[int]
+) -> tuple[int, int, int]:
+    """First voxel of a patch around a centre: inside the case where it fits, else in its middle."""
+    x, y, z = (
+        min(max(middle - wanted // 2, 0), n - wanted) if n >= wanted else -((wanted - n) // 2)
+        for middle, wanted, n in zip(centre, size, shape, strict=True)
+    )
+    return x, y, z
+
+
+def cut(array: np.ndarray, start: Sequence[int], size: Sequence[int], *, fill: float) -> np.ndarray:
+    """Copy `size` voxels from `start` on; past the array's sides lies `fill`."""
+    box = [(first, first + n) for first, n in zip(start, size, strict=True)]
+    inside = tuple(slice(max(a, 0), max(b, 0)) for a, b in box)
+    found = array[inside]
+    if found.shape == tuple(size):
+        return np.array(found)
+    whole = np.full(tuple(size), fill, array.dtype)
+    place = tuple(
+        slice(max(-a, 0), max(-a, 0) + n) for (a, _), n in zip(box, found.shape, strict=True)
+    )
+    whole[place] = found
+    return whole
+
+
+def draw_sample(
+    case: CachedCase,
+    rng: np.random.Generator,
+    *,
+    patch_size: Sequence[int],
+    foreground: float,
+    recipe: Recipe | None,
+    spacing: Sequence[float],
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one patch: image float32 and labels uint8, `patch_size`, on `device`.
+
+    It depends on the case and `rng` alone.
+    """
+    centre = draw_centre(case, rng, foreground=foreground)
+    start = patch_start(case.image.shape, centre, patch_size)
+    size = tuple(patch_size)
+    change = draw_change(recipe, rng) if recipe else None
+    if change:
+        size = source_size(change, patch_size, spacing=spacing)
+        x, y, z = (a - (n - m) // 2 for a, n, m in zip(start, size, patch_size, strict=True))
+        start = x, y, z
+    image = _to(device, cut(case.image, start, size, fill=AIR)).float()
+    labels = _to(device, cut(case.labels, start, size, fill=0))
+    case.release()
+    if change:
+        return apply_change(image, labels, change, size=patch_size, spacing=spacing)
     return image, labels
+
+
+def _to(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        # Only from pinned memory does the processor go on while the copy runs.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def batches(
@@ -54,49 +98,43 @@ def batches(
     batch_size: int,
     patch_size: Sequence[int],
     foreground: float,
-    augmentation: bool,
+    augmentation: bool | str,
     rng: np.random.Generator,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    device: torch.device | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield `steps` batches of image float32 `[B, 1, x, y, z]` and labels int64 `[B, x, y, z]`.
 
-    Cases come in a shuffled order, each once before any comes again. The sequence depends on `rng`
-    alone.
+    Cases come in a shuffled order, each once before any comes again. Each sample has random numbers
+    of its own, spawned from `rng`: the n-th is the same in batches of any size.
+
+    Args:
+        cases: Where patches are cut.
+        steps: Number of batches.
+        batch_size: Patches in each.
+        patch_size: Voxels.
+        foreground: Share of patches centred on a region.
+        augmentation: Name of a recipe; True is `light`, False `none`.
+        rng: Decides everything.
+        spacing: mm a voxel.
+        device: Where patches are changed, and yielded; the CPU by default.
     """
+    name = augmentation if isinstance(augmentation, str) else "light" if augmentation else "none"
     queue: list[int] = []
     for _ in range(steps):
         images, labels = [], []
         for _ in range(batch_size):
             if not queue:
                 queue = [int(i) for i in rng.permutation(len(cases))]
-            case = cases[queue.pop()]
-            image, label = cut_patch(
-                case, draw_centre(case, rng, foreground=foreground), patch_size
+            image, label = draw_sample(
+                cases[queue.pop()],
+                rng.spawn(1)[0],
+                patch_size=patch_size,
+                foreground=foreground,
+                recipe=RECIPES[name],
+                spacing=spacing,
+                device=device or torch.device("cpu"),
             )
-            case.release()
-            if augmentation:
-                image, label = augment(image, label, rng)
             images.append(image)
             labels.append(label)
-        yield (
-            torch.from_numpy(np.stack(images))[:, None],
-            torch.from_numpy(np.stack(labels)).long(),
-        )
-
-
-def augment(
-    image: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Flip and change contrast, brightness and noise of one patch.
-
-    Sites differ in contrast phase and noise: the intensity changes make one site's patches look
-    like another's. Only front-back and up-down are flipped: left and right of an abdomen differ.
-    """
-    for axis in (1, 2):
-        if rng.random() < 0.5:
-            image, labels = np.flip(image, axis), np.flip(labels, axis)
-    contrast, brightness = rng.uniform(0.75, 1.25), rng.uniform(-0.3, 0.3)
-    image = image * np.float32(contrast) + np.float32(brightness)
-    if rng.random() < 0.3:
-        noise = rng.standard_normal(image.shape, dtype=np.float32)
-        image = image + noise * np.float32(rng.uniform(0, 0.2))
-    return np.ascontiguousarray(image), np.ascontiguousarray(labels)
+        yield torch.stack(images)[:, None], torch.stack(labels).long()

@@ -105,13 +105,16 @@ def prepare(scan: Volume, plan: Plan, *, modality: Modality = "auto") -> Prepare
         body = image > AIR_HU
     else:
         inside = image[image > image.min()]
-        low, high = np.percentile(inside if inside.size else image, plan.mr_percentiles)
+        found = np.percentile(inside if inside.size else image, plan.mr_percentiles)
+        low, high = float(found[0]), float(found[1])
         body = image > low + 0.1 * (high - low)
     box = _largest_box(body, plan.patch_size)
     middle, quarter = (low + high) / 2, max((high - low) / 4, 1e-6)
-    cropped = np.clip((image[box] - middle) / quarter, -2, 2)
+    cropped = np.subtract(image[box], middle, order="C")
+    cropped /= quarter
+    np.clip(cropped, -2, 2, out=cropped)
     return Prepared(
-        image=np.ascontiguousarray(cropped, np.float32),
+        image=cropped,
         placement=Placement(shape=_three(scan.array.shape), grid=grid, box=box),
     )
 
@@ -124,10 +127,7 @@ def prepare_labels(labels: np.ndarray, prepared: Prepared) -> np.ndarray:
 
 def restore(logits: torch.Tensor, placement: Placement) -> np.ndarray:
     """Bring logits `[C, x, y, z]` of the crop back to labels uint8 `[X, Y, Z]` of the scan."""
-    whole = torch.full((logits.shape[0], *placement.grid), -20.0)
-    whole[0] = 20.0
-    whole[(slice(None), *placement.box)] = logits
-    return upsample_argmax(whole, placement.shape)
+    return upsample_argmax(logits, placement.shape, grid=placement.grid, box=placement.box)
 
 
 def check_size(image: np.ndarray, plan: Plan, path: object) -> None:

@@ -9,13 +9,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import (
-    apply_orientation,
-    io_orientation,
-    ornt_transform,
-)
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 
 from fedseg.data import dicom
 from fedseg.data.cases import is_dicom, nifti_stem
@@ -119,7 +117,8 @@ def read_mask(
 def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
     """Write labels `[X, Y, Z]` (RAS) on the exact grid and affine of `like`, atomically."""
     to_stored = ornt_transform(_RAS, io_orientation(like.stored_affine))
-    stored = apply_orientation(labels, to_stored).astype(np.uint8)
+    stored = np.empty(like.stored_shape, np.uint8, order="F")  # as it lies in the file
+    _copy(apply_orientation(labels, to_stored), stored)
     header = like.stored.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 0
@@ -129,7 +128,7 @@ def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
     header["descrip"] = b"fedseg"
     header["intent_code"] = 0
     header.extensions.clear()
-    image = nib.Nifti1Image(np.ascontiguousarray(stored), None, header)
+    image = nib.Nifti1Image(stored, None, header)
     image.header.set_slope_inter(1, 0)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -139,7 +138,7 @@ def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path, dtype: type) -> Volume:
+def _read(path: Path, dtype: npt.DTypeLike) -> Volume:
     if nifti_stem(path) is None and (path.is_dir() or is_dicom(path)):
         return _dicom_volume(path, *dicom.read_series(path, max_voxels=MAX_VOXELS))
     try:
@@ -148,7 +147,10 @@ def _read(path: Path, dtype: type) -> Volume:
         with np.errstate(all="ignore"):  # what overflows is found as Inf
             image = nib.load(path)
             _check_header(path, image)
-            array = _voxels(path, image, dtype)
+            stored = _voxels(path, image)
+            affine = np.asarray(image.affine, np.float64)
+            scale = (image.dataobj.slope, image.dataobj.inter)
+            return _volume(path, stored, image.header, affine, dtype=dtype, scale=scale)
     except MemoryError:
         raise CaseError(path, "doesn't fit in memory", "crop the scan") from None
     except ImageFileError:
@@ -163,24 +165,42 @@ def _read(path: Path, dtype: type) -> Volume:
         raise CaseError(
             path, f"damaged or truncated ({type(error).__name__})", "copy or export it again"
         ) from None
-    return _volume(path, array, image.header, np.asarray(image.affine, np.float64))
 
 
-def _volume(path: Path, array: np.ndarray, header: Any, affine: np.ndarray) -> Volume:
+def _volume(
+    path: Path,
+    stored: np.ndarray,
+    header: Any,
+    affine: np.ndarray,
+    *,
+    dtype: npt.DTypeLike,
+    scale: tuple[float, float] = (1, 0),
+) -> Volume:
     """Bring an array on the file's own grid into RAS axis order."""
-    stored_shape = tuple(array.shape)
     orientation = io_orientation(affine)
-    array = apply_orientation(array, orientation)
-    spacing = np.empty(3)
-    spacing[orientation[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = orientation[:, 0].astype(int)
+    shape, spacing = np.empty(3, int), np.empty(3)
+    shape[axes] = stored.shape
+    spacing[axes] = np.linalg.norm(affine[:3, :3], axis=0)
+    array = np.empty(shape, dtype)
+    _copy(stored, apply_orientation(array, ornt_transform(_RAS, orientation)), scale)
     return Volume(
-        array=np.ascontiguousarray(array),
+        array=array,
         spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
         stored=header,
-        stored_shape=stored_shape,
+        stored_shape=stored.shape,
         stored_affine=affine,
         path=path,
     )
+
+
+def _copy(source: np.ndarray, target: np.ndarray, scale: tuple[float, float] = (1, 0)) -> None:
+    """Copy voxels, scaled as nibabel does, into an array that may lie otherwise in memory.
+
+    A few rows at a time: the cache then still holds what came along with the last voxels.
+    """
+    for start in range(0, source.shape[1], 4):
+        target[:, start : start + 4] = apply_read_scaling(source[:, start : start + 4], *scale)
 
 
 def _dicom_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> Volume:
@@ -192,7 +212,7 @@ def _dicom_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> Volume:
     header.set_xyzt_units("mm")
     header.set_sform(affine, "scanner")
     header.set_qform(affine, "scanner")
-    return _volume(path, array, header, affine)
+    return _volume(path, array, header, affine, dtype=array.dtype)
 
 
 def _read_segmentation(path: Path, image: Volume | None, label_map: LabelMap | None) -> Volume:
@@ -222,26 +242,23 @@ def _read_segmentation(path: Path, image: Volume | None, label_map: LabelMap | N
     return Volume(**{**vars(image), "array": array, "path": path})
 
 
-def _voxels(path: Path, image: Any, dtype: type) -> np.ndarray:
+def _voxels(path: Path, image: Any) -> np.ndarray:
     """Read the voxels; memory is taken for what the file holds, not for what its header claims."""
-    voxels = int(np.prod([int(n) for n in image.shape], dtype=object))
-    needed = int(image.dataobj.offset) + voxels * image.get_data_dtype().itemsize
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:
-            content = file.read(needed)
-            file.read(2**20)  # to the end, where the checksum is; nibabel stops before it
-        got = len(content)
-    else:
-        content, got = b"", path.stat().st_size
-    if got < needed:
+    proxy = image.dataobj
+    voxels = int(np.prod([int(n) for n in proxy.shape], dtype=object))
+    needed = int(proxy.offset) + voxels * proxy.dtype.itemsize
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        # Deflate packs at most 1032 bytes into one; a buffer is taken for all that is asked for.
+        content = file.read(min(needed, 1032 * path.stat().st_size))
+        file.read(2**20)  # to the end, where gzip has its checksum; nibabel stops before it
+    if len(content) < needed:
         raise CaseError(
             path,
-            f"damaged or truncated: {got} bytes, expected {needed} for shape {image.shape}",
+            f"damaged or truncated: {len(content)} bytes, expected {needed} for {proxy.shape}",
             "copy or export it again",
         )
-    if content:
-        image = image.from_bytes(content)
-    return np.asarray(image.get_fdata(dtype=dtype, caching="unchanged"))
+    flat = np.frombuffer(content, proxy.dtype, voxels, int(proxy.offset))
+    return flat.reshape(proxy.shape, order="F")
 
 
 def _check_header(path: Path, image: Any) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-__all__ = ["Arrival", "exchange"]
+__all__ = ["Arrival", "exchange", "poll_pause"]
 
-_POLL_SECONDS = (0.1, 1.0)
+_SHORTEST, _LONGEST, _SHARE = 0.1, 1.0, 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,13 @@ class Arrival:
         site: Name of the site.
         message: The reply, None if it is late.
         seconds: From sending to arrival.
+        message_id: Of the message to the site, by which a late reply can still be pulled.
     """
 
     site: str
     message: Message | None
     seconds: float
+    message_id: str = ""
 
 
 def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) -> Iterator[Arrival]:
@@ -47,17 +49,19 @@ def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) ->
 def _arrivals(
     grid: Grid, open_ids: dict[str, str], began: float, deadline: float
 ) -> Iterator[Arrival]:
-    pause, longest = _POLL_SECONDS
     while open_ids:
-        arrived = 0
         for site, message_id in list(open_ids.items()):
             for reply in grid.pull_messages([message_id]) if message_id else ():
                 del open_ids[site]
-                arrived += 1
                 yield Arrival(site=site, message=reply, seconds=time.monotonic() - began)
         if not open_ids or time.monotonic() - began > deadline:
             break
-        pause = _POLL_SECONDS[0] if arrived else min(1.2 * pause, longest)
-        time.sleep(pause)
-    for site in open_ids:
-        yield Arrival(site=site, message=None, seconds=time.monotonic() - began)
+        time.sleep(poll_pause(time.monotonic() - began))
+    for site, message_id in open_ids.items():
+        seconds = time.monotonic() - began
+        yield Arrival(site=site, message=None, seconds=seconds, message_id=message_id)
+
+
+def poll_pause(waited: float) -> float:
+    """Seconds until the next look: a reply lies there for 2% of the wait at most, or 0.1 s."""
+    return min(max(_SHORTEST, _SHARE * waited), _LONGEST)

@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Sequence
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from fedseg.config import StudyConfig
 from fedseg.data.fingerprint import Fingerprint
 from fedseg.errors import REASONS, ConfigError, Reason
 from fedseg.federation.exchange import exchange
 from fedseg.federation.sites import KnownSite
-from fedseg.messages import FINGERPRINT, read_answer
+from fedseg.messages import FINGERPRINT, query_content, read_answer
 
 __all__ = ["collect_fingerprints"]
 
@@ -18,17 +19,20 @@ log = logging.getLogger(__name__)
 
 
 def collect_fingerprints(
-    grid: Grid, sites: Sequence[KnownSite], *, deadline: float
+    grid: Grid, sites: Sequence[KnownSite], study: StudyConfig
 ) -> dict[str, Fingerprint]:
     """Return the fingerprint of each site that sends one, by its name.
 
     Args:
         grid: Flower's grid.
         sites: The sites.
-        deadline: Seconds; measuring reads every scan of a site once.
+        study: The study config; measuring, which reads every scan once, has a round's deadline.
     """
+    deadline = study.federation.round_deadline
     messages = {
-        site.name: Message(RecordDict(), dst_node_id=site.node_id, message_type="query.fingerprint")
+        site.name: Message(
+            query_content(study), dst_node_id=site.node_id, message_type="query.fingerprint"
+        )
         for site in sites
     }
     found: dict[str, Fingerprint] = {}

@@ -1,47 +1,135 @@
-"""Average updates that wait on disk: a running mean in site order, one tensor at a time.
+"""Reducers: one change of the global model out of the sites' updates, read from the spool.
 
-Memory is one model whatever the number of sites, and the sum never depends on who came first.
+Each reads the updates chunk by chunk as often as it likes, so that memory is that of a model or two
+whatever the number of sites, and in site order, so that its bits never depend on who came first.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-__all__ = ["spool", "weighted_mean"]
+from fedseg.config import StudyConfig
+from fedseg.federation.mean import Override, combined, fair_factors, step_factors, weighted_mean
+from fedseg.federation.robust import bulyan, median, multikrum, trimmed_mean
+from fedseg.federation.spool import SpooledUpdate
+
+__all__ = ["REDUCERS", "Reducer", "reducer_of"]
+
+Updates = Sequence[SpooledUpdate]
+Weights = Sequence[float]
+Metrics = Sequence[Mapping[str, float]]
+Rows = Sequence[tuple[int, int]]
+
+Reducer = Callable[[Updates, Weights, Metrics], torch.Tensor]
+"""`(updates in site order, weights, training metrics) -> change of the model`, float32 `[N]`."""
 
 
-def spool(folder: Path, site: str, update: Mapping[str, torch.Tensor]) -> Path:
-    """Keep a site's checked update on disk until the round's end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{site}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in update.items()}, path)
-    return path
+def mean(study: StudyConfig, rows: Rows) -> Reducer:
+    """Weighted mean; of the rows of tumour over the sites that annotate tumour."""
+
+    def reduce(updates: Updates, weights: Weights, metrics: Metrics) -> torch.Tensor:
+        overrides = [(rows, other) for other in _annotating(rows, weights, metrics)]
+        return weighted_mean(updates, weights, overrides=overrides)
+
+    return reduce
 
 
-def weighted_mean(
-    paths: Mapping[str, Path], weights: Mapping[str, float]
-) -> dict[str, torch.Tensor]:
-    """Average spooled updates, summed in float64, in order of the sites' names.
+def fednova(study: StudyConfig, rows: Rows) -> Reducer:
+    """Step-normalised averaging, for sites that do unequal numbers of steps."""
+
+    def reduce(updates: Updates, weights: Weights, metrics: Metrics) -> torch.Tensor:
+        steps = [site["steps"] for site in metrics]
+        others = _annotating(rows, weights, metrics)
+        overrides: list[Override] = [(rows, step_factors(other, steps)) for other in others]
+        return combined(updates, step_factors(weights, steps), overrides=overrides)
+
+    return reduce
+
+
+def _annotating(rows: Rows, weights: Weights, metrics: Metrics) -> list[list[float]]:
+    """Weights that hold for the rows of tumour: 0 for sites that don't annotate it.
+
+    None if there are no such rows, or no site annotates tumour.
+    """
+    if not rows:
+        return []
+    found = [
+        weight if site["annotated"] > 1 else 0.0
+        for weight, site in zip(weights, metrics, strict=True)
+    ]
+    return [found] if sum(found) > 0 else []
+
+
+def qfedavg(study: StudyConfig, rows: Rows) -> Reducer:
+    """q-FedAvg: sites with a larger loss count more."""
+
+    def reduce(updates: Updates, weights: Weights, metrics: Metrics) -> torch.Tensor:
+        factors = fair_factors(
+            updates,
+            [site["first_loss"] for site in metrics],
+            q=study.federation.q,
+            server_learning_rate=study.federation.server_learning_rate,
+        )
+        return combined(updates, factors)
+
+    return reduce
+
+
+def fedmedian(study: StudyConfig, rows: Rows) -> Reducer:
+    """Median of each value."""
+    return lambda updates, weights, metrics: median(updates)
+
+
+def fedtrimmedavg(study: StudyConfig, rows: Rows) -> Reducer:
+    """Mean of each value without `federation.trim` of the sites at both ends."""
+    return lambda updates, weights, metrics: trimmed_mean(updates, trim=study.federation.trim)
+
+
+def krum(study: StudyConfig, rows: Rows) -> Reducer:
+    """The one update that is nearest to its neighbours."""
+    malicious = study.federation.malicious_sites
+    return lambda updates, weights, metrics: multikrum(
+        updates, weights, malicious=malicious, keep=1
+    )
+
+
+def many_krum(study: StudyConfig, rows: Rows) -> Reducer:
+    """Weighted mean of the S - f - 2 updates nearest to their neighbours.
+
+    So many are safe (El Mhamdi et al., AggregaThor, MLSys 2019).
+    """
+    malicious = study.federation.malicious_sites
+    return lambda updates, weights, metrics: multikrum(
+        updates, weights, malicious=malicious, keep=max(1, len(updates) - malicious - 2)
+    )
+
+
+def bulyan_mean(study: StudyConfig, rows: Rows) -> Reducer:
+    """Mean of the values nearest the median of the updates that Krum chooses."""
+    malicious = study.federation.malicious_sites
+    return lambda updates, weights, metrics: bulyan(updates, malicious=malicious)
+
+
+REDUCERS: dict[str, Callable[[StudyConfig, Rows], Reducer]] = {
+    "mean": mean,
+    "fednova": fednova,
+    "qfedavg": qfedavg,
+    "fedmedian": fedmedian,
+    "fedtrimmedavg": fedtrimmedavg,
+    "krum": krum,
+    "multikrum": many_krum,
+    "bulyan": bulyan_mean,
+}
+
+
+def reducer_of(study: StudyConfig, *, tumor_rows: Rows = ()) -> Reducer:
+    """Build the reducer of `federation.strategy`: the mean where it has none of its own.
 
     Args:
-        paths: File of each site.
-        weights: Weight of each site, at least one greater than 0.
-
-    Returns:
-        The mean in the type of the updates.
+        study: The study config.
+        tumor_rows: Ranges of the flat update that belong to tumour alone (see `head.tumor_rows`);
+            with `federation.weighting = "annotated"` only sites that annotate tumour move them.
     """
-    sites = sorted(paths)
-    total = sum(weights[site] for site in sites)
-    files: list[Any] = [safe_open(paths[site], framework="pt") for site in sites]
-    mean = {}
-    for name in sorted(files[0].keys()):
-        first = files[0].get_tensor(name)
-        running = torch.zeros(first.shape, dtype=torch.float64)
-        for site, file in zip(sites, files, strict=True):
-            running.add_(file.get_tensor(name).double(), alpha=weights[site] / total)
-        mean[name] = running.to(first.dtype)
-    return mean
+    build = REDUCERS.get(study.federation.strategy, mean)
+    rows = tumor_rows if study.federation.weighting == "annotated" else ()
+    return build(study, rows)

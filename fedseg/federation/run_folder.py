@@ -7,7 +7,7 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,25 +36,34 @@ class RunFolder:
         run_id: Id of the study run.
     """
 
-    def __init__(self, study: StudyConfig, plan: Plan, run_id: str) -> None:
+    def __init__(self, path: Path) -> None:
+        """Take a folder that is there; the manifest goes on from what it has."""
+        self.path, self.run_id = path, path.name
+        manifest = path / "manifest.json"
+        self._manifest: dict[str, Any] = (
+            json.loads(manifest.read_text()) if manifest.exists() else {}
+        )
+
+    @classmethod
+    def create(cls, study: StudyConfig, plan: Plan, run_id: str) -> "RunFolder":
         """Create the folder, `config.json`, `plan.json` and the link `latest`.
 
         Raises:
             StudyError: It can't be written.
         """
         root = Path(study.output.dir).expanduser().absolute()
-        self.run_id = run_id
-        self.path = root / run_id
-        self._manifest: dict[str, Any] = {}
         try:
-            self.path.mkdir(parents=True)
-            self.write_json("config.json", study.model_dump(mode="json", by_alias=True))
-            (self.path / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-            self._link_latest(root)
+            (root / run_id).mkdir(parents=True)
+            folder = cls(root / run_id)
+            folder.write_json("config.json", study.model_dump(mode="json", by_alias=True))
+            (folder.path / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+            folder._link_latest(root)
         except OSError as error:
             raise StudyError(
-                f"output.dir: can't write {self.path} ({error.strerror}); free space or set another"
+                f"output.dir: can't write {root / run_id} ({error.strerror}); free space or set "
+                "another"
             ) from None
+        return folder
 
     def _link_latest(self, root: Path) -> None:
         link = root / f".latest-{self.run_id}"
@@ -67,12 +76,23 @@ class RunFolder:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.path / name)
 
+    def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Make `history.jsonl` hold just these lines, atomically."""
+        temporary = self.path / ".history.jsonl"
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / "history.jsonl")
+
     def append_history(self, line: Mapping[str, Any]) -> None:
         """Add one round to `history.jsonl`; on disk when this returns."""
         with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def add_flower_run(self, run_id: int) -> None:
+        """Note a Flower run: a resumed study run has more than one."""
+        self.update_manifest(flwr_runs=[*self._manifest.get("flwr_runs", []), run_id])
 
     def update_manifest(self, **entries: Any) -> None:
         """Set entries of `manifest.json`."""

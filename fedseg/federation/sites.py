@@ -4,19 +4,18 @@ import logging
 import time
 from dataclasses import dataclass
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedseg.config import StudyConfig
 from fedseg.errors import REASONS, StudyError
-from fedseg.messages import Greeting, read_greeting
+from fedseg.federation.exchange import poll_pause
+from fedseg.messages import Greeting, query_content, read_greeting
 from fedseg.site_config import valid_site_name
 
 __all__ = ["KnownSite", "find_sites"]
 
 log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.3
 
 _GRACE_SECONDS = 20.0
 """Connected nodes have this long to answer before a study starts without them."""
@@ -55,7 +54,7 @@ def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
     asked: dict[str, int] = {}
     said = -1
     while True:
-        _ask_new_nodes(grid, asked, registered)
+        _ask_new_nodes(grid, study, asked, registered)
         for message_id, node in list(asked.items()):
             for reply in grid.pull_messages([message_id]) if node not in greeted else ():
                 greeted[node] = read_greeting(reply)
@@ -65,19 +64,23 @@ def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
             break
         if len(sites) != said:
             log.info("waiting for sites: %d there", said := len(sites))
-        time.sleep(_POLL_SECONDS)
+        time.sleep(poll_pause(time.monotonic() - began))
     refusals = _who_cannot(greeted, registered)
     for refusal in refusals:
         log.warning("%s", refusal)
     return _chosen(sites, study, refusals, waited=time.monotonic() - began)
 
 
-def _ask_new_nodes(grid: Grid, asked: dict[str, int], registered: dict[int, str]) -> None:
+def _ask_new_nodes(
+    grid: Grid, study: StudyConfig, asked: dict[str, int], registered: dict[int, str]
+) -> None:
     """Greet nodes that weren't there before; a dead one's silence holds up nobody."""
     for node in grid.get_nodes():
         registered[node.node_id] = str(node.name)
         if node.node_id not in asked.values():
-            hello = Message(RecordDict(), dst_node_id=node.node_id, message_type="query.hello")
+            hello = Message(
+                query_content(study), dst_node_id=node.node_id, message_type="query.hello"
+            )
             for message_id in grid.push_messages([hello]):
                 if message_id:
                     asked[message_id] = node.node_id

@@ -1,7 +1,8 @@
-"""Strategies: `(StudyConfig) -> Strategy`. Flower's own classes, fed one already averaged reply.
+"""Strategies: `(StudyConfig) -> Strategy`. Flower's own classes, fed one already reduced reply.
 
-On one reply a strategy's average is the identity, so the server never holds more than one update;
-what the strategy does beyond averaging (momentum, adaptive steps, a client term) stays its own.
+On one reply a strategy's average is the identity, so the server never holds more than a chunk of
+the updates; what a strategy does beyond averaging (momentum, adaptive steps, a client term) stays
+its own. Those that average otherwise have a reducer of their own, see `reduce`.
 """
 
 import contextlib
@@ -9,16 +10,36 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Strategy,
+)
 
+from fedseg.arrays import state_to_arrays
 from fedseg.config import StudyConfig
-from fedseg.messages import ARRAYS, state_to_arrays
+from fedseg.errors import ConfigError
+from fedseg.messages import ARRAYS
 from fedseg.registry import resolve
 
-__all__ = ["STRATEGIES", "make_strategy", "next_state", "train_config"]
+__all__ = [
+    "STRATEGIES",
+    "check_strategy",
+    "least_sites",
+    "make_strategy",
+    "next_state",
+    "restore_strategy",
+    "strategy_state",
+    "train_config",
+]
 
 
 def fedavg(study: StudyConfig) -> Strategy:
@@ -31,7 +52,56 @@ def fedprox(study: StudyConfig) -> Strategy:
     return FedProx(proximal_mu=study.federation.proximal_mu)
 
 
-STRATEGIES: dict[str, Callable[[StudyConfig], Strategy]] = {"fedavg": fedavg, "fedprox": fedprox}
+def fedavgm(study: StudyConfig) -> Strategy:
+    """Momentum at the server (Hsu et al., 2019)."""
+    settings = study.federation
+    momentum = settings.server_momentum
+    return FedAvgM(
+        server_learning_rate=settings.server_learning_rate or 1 - momentum,
+        server_momentum=momentum,
+    )
+
+
+def fedadam(study: StudyConfig) -> Strategy:
+    """Adam at the server (Reddi et al., ICLR 2021)."""
+    rate = study.federation.server_learning_rate or _SAFE_RATE
+    return FedAdam(eta=rate, tau=_SAFE_RATE, beta_1=study.federation.server_momentum)
+
+
+def fedyogi(study: StudyConfig) -> Strategy:
+    """Yogi at the server (Reddi et al., ICLR 2021)."""
+    rate = study.federation.server_learning_rate or _SAFE_RATE
+    return FedYogi(eta=rate, tau=_SAFE_RATE, beta_1=study.federation.server_momentum)
+
+
+def fedadagrad(study: StudyConfig) -> Strategy:
+    """Adagrad at the server (Reddi et al., ICLR 2021)."""
+    return FedAdagrad(eta=study.federation.server_learning_rate or _SAFE_RATE, tau=_SAFE_RATE)
+
+
+STRATEGIES: dict[str, Callable[[StudyConfig], Strategy]] = {
+    "fedavg": fedavg,
+    "fedprox": fedprox,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "fedadagrad": fedadagrad,
+    # The reducer does all that these do: Flower's mean of its one result leaves it as it is.
+    "fednova": fedavg,
+    "fedmedian": fedavg,
+    "fedtrimmedavg": fedavg,
+    "krum": fedavg,
+    "multikrum": fedavg,
+    "bulyan": fedavg,
+    "qfedavg": fedavg,
+}
+
+_SAFE_RATE = 1e-2
+"""TODO"""
+
+_GLOBAL = "current_arrays"
+
+_WEIGHTLESS = ("fedmedian", "fedtrimmedavg", "krum", "bulyan", "qfedavg")
 
 
 def make_strategy(study: StudyConfig) -> Strategy:
@@ -39,6 +109,73 @@ def make_strategy(study: StudyConfig) -> Strategy:
     strategy = resolve("federation.strategy", study.federation.strategy, STRATEGIES)(study)
     assert isinstance(strategy, Strategy)
     return strategy
+
+
+def check_strategy(study: StudyConfig) -> None:
+    """Check at the start that the strategy can do what the study asks for.
+
+    Raises:
+        ConfigError: It takes all sites alike, or one of them, and a weighting is named.
+    """
+    name, weighting = study.federation.strategy, study.federation.weighting
+    if name in _WEIGHTLESS and weighting != "cases":
+        raise ConfigError(
+            f"federation.weighting: got '{weighting}' with federation.strategy '{name}', which "
+            "uses no weights; expected 'cases'; leave it out or take another strategy"
+        )
+
+
+def least_sites(study: StudyConfig) -> int:
+    """Fewest updates of a round with which the strategy does what it is for.
+
+    Krum and Bulyan have their papers' bounds; the median of two is their mean, and a trimmed mean
+    that leaves out nobody is a mean.
+    """
+    settings = study.federation
+    untrimmed = next((n for n in range(1, 101) if int(settings.trim * n) >= 1), 1)
+    least = {
+        "krum": 2 * settings.malicious_sites + 3,
+        "multikrum": 2 * settings.malicious_sites + 3,
+        "bulyan": 4 * settings.malicious_sites + 3,
+        "fedmedian": 3,
+        "fedtrimmedavg": untrimmed,
+    }
+    return least.get(settings.strategy, 1)
+
+
+def strategy_state(strategy: Strategy) -> dict[str, torch.Tensor]:
+    """What a strategy keeps between rounds, as tensors: momentum, second moments.
+
+    Any attribute that is a list or a dict of arrays is kept. The global weights that a strategy
+    holds are not: it is given them again.
+    """
+    state = {}
+    for attribute, value in vars(strategy).items():
+        if attribute == _GLOBAL or not isinstance(value, list | dict):
+            continue
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        kind = "dict" if isinstance(value, dict) else "list"
+        for key, array in items:
+            if isinstance(array, np.ndarray | np.generic):
+                name = f"{attribute}/{kind}/{key}"
+                state[name] = torch.from_numpy(np.array(array))
+    return state
+
+
+def restore_strategy(strategy: Strategy, state: Mapping[str, torch.Tensor]) -> None:
+    """Give a new strategy what `strategy_state` kept of an old one, bit for bit."""
+    lists: dict[str, dict[int, np.ndarray]] = {}
+    dicts: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in state.items():
+        attribute, kind, key = name.split("/", 2)
+        if kind == "list":
+            lists.setdefault(attribute, {})[int(key)] = tensor.numpy().copy()
+        else:
+            dicts.setdefault(attribute, {})[key] = tensor.numpy().copy()
+    for attribute, arrays in dicts.items():
+        setattr(strategy, attribute, arrays)
+    for attribute, numbered in lists.items():
+        setattr(strategy, attribute, [numbered[index] for index in sorted(numbered)])
 
 
 @contextlib.contextmanager

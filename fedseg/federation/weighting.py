@@ -1,10 +1,12 @@
-"""Weight of a site's update in the mean: `(metrics) -> float`."""
+"""Weight of a site's update: `(metrics) -> float`, from what the site says of its training."""
 
 from collections.abc import Callable, Mapping
 
 __all__ = ["WEIGHTINGS"]
 
 Weighting = Callable[[Mapping[str, float]], float]
+
+_REGIONS = 2
 
 
 def cases(metrics: Mapping[str, float]) -> float:
@@ -17,9 +19,31 @@ def patches(metrics: Mapping[str, float]) -> float:
     return metrics["patches"]
 
 
+def voxels(metrics: Mapping[str, float]) -> float:
+    """Voxels of the site's preprocessed training images."""
+    return metrics["voxels"]
+
+
 def equal(metrics: Mapping[str, float]) -> float:
     """Each site alike."""
     return 1.0
 
 
-WEIGHTINGS: dict[str, Weighting] = {"cases": cases, "patches": patches, "equal": equal}
+def inverse_steps(metrics: Mapping[str, float]) -> float:
+    """Cases by local steps: a site's mean step, not how many it did, then counts by its cases."""
+    return metrics["cases"] / max(metrics["steps"], 1.0)
+
+
+def annotated(metrics: Mapping[str, float]) -> float:
+    """Cases times the share of the regions that the site annotates; see also `reduce.mean`."""
+    return metrics["cases"] * metrics["annotated"] / _REGIONS
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "cases": cases,
+    "patches": patches,
+    "voxels": voxels,
+    "equal": equal,
+    "inverse-steps": inverse_steps,
+    "annotated": annotated,
+}

@@ -15,7 +15,7 @@ from fedseg.data.plan import CLASSES, Plan
 from fedseg.errors import ConfigError, ModelError
 from fedseg.registry import resolve
 
-__all__ = ["MODELS", "build_model", "check_patch", "parameter_count", "split_state"]
+__all__ = ["MODELS", "build_model", "check_patch", "parameter_count"]
 
 Builder = Callable[[Plan, int, int], nn.Module]
 
@@ -176,14 +176,3 @@ def _replace_batch_norm(network: nn.Module) -> None:
             setattr(network, name, Norm["instance", 3](child.num_features, affine=True))
         else:
             _replace_batch_norm(child)
-
-
-def split_state(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Split a network's state into what is averaged and what isn't.
-
-    Returns:
-        Every floating-point tensor, parameters and buffers; and the integer buffers.
-    """
-    state = network.state_dict()
-    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-    return floats, {name: tensor for name, tensor in state.items() if name not in floats}

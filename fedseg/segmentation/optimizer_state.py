@@ -1,34 +1,23 @@
 """Keep an optimiser's moments between rounds on the site's disk, as tensors, without pickle."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from fedseg.segmentation.kept import load_kept, save_kept
 
 __all__ = ["load_optimizer", "save_optimizer"]
 
-_FILE = "optimizer.safetensors"
-_KEPT = 2
-
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write the state atomically into `round-N`; only the last two rounds are kept."""
+    """Write the state into `round-N`."""
     tensors = {
-        f"{index}/{name}": value.detach().cpu().contiguous()
+        f"{index}/{name}": value
         for index, slots in optimizer.state_dict()["state"].items()
         for name, value in slots.items()
         if isinstance(value, torch.Tensor)
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{os.getpid()}-{_FILE}"
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / _FILE)
-    rounds = sorted(folder.parent.glob("round-*"), key=lambda p: int(p.name.partition("-")[2]))
-    for old in rounds[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    save_kept(folder, "optimizer", tensors)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> bool:
@@ -37,9 +26,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> bool:
     Returns:
         Whether there was one that fits; without it the optimiser starts anew, as in round 1.
     """
-    try:
-        tensors = load_file(folder / _FILE)
-    except (OSError, SafetensorError):
+    tensors = load_kept(folder, "optimizer")
+    if tensors is None:
         return False
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():

@@ -135,7 +135,7 @@ def _predict(
         raise DataError(f"{target}: can't be written ({error.strerror}); free space") from None
     millilitres = float(np.prod(volume.spacing)) / 1000
     volumes = {
-        "liver": int((labels >= 1).sum()) * millilitres,
-        "tumor": int((labels == 2).sum()) * millilitres,
+        "liver": int(np.count_nonzero(labels >= 1)) * millilitres,
+        "tumor": int(np.count_nonzero(labels == 2)) * millilitres,
     }
     return Prediction(scan=scan, mask=target, volumes_ml=volumes)

@@ -1,5 +1,6 @@
 """Train a network on a site's cases for one round."""
 
+import functools
 import logging
 import math
 import os
@@ -11,15 +12,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedseg.config import TrainConfig
 from fedseg.errors import ConfigError
+from fedseg.sections import TrainConfig
+from fedseg.segmentation.norms import keep_channels_last
 
-__all__ = ["FitReport", "choose_device", "choose_dtype", "fit", "learning_rate", "set_threads"]
+__all__ = [
+    "FitReport",
+    "OnStep",
+    "choose_device",
+    "choose_dtype",
+    "fit",
+    "learning_rate",
+    "log_progress",
+    "make_optimizer",
+    "memory_format",
+    "set_threads",
+    "steps_in_round",
+]
 
 log = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], torch.Tensor]
+OnStep = Callable[[int, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +76,23 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Number format of the forward pass: bf16 where the hardware computes in it, else fp32."""
-    if precision == "fp32" or device.type == "mps":
+    """Number format of the forward pass: the fastest right one that the hardware computes in.
+
+    `auto` is bf16 on CPUs and GPUs that have it, fp16 with a loss scaler on older CUDA GPUs (they
+    only emulate bf16), else fp32. MPS stays with fp32.
+    """
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if device.type == "mps":
         return torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
+    if precision in named:
+        return named[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if in_hardware else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 
+@functools.cache
 def _cpu_has_bf16() -> bool:
     # Emulated bf16 is several times slower than fp32: only a processor that says it has it counts.
     try:
@@ -80,9 +102,15 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images and weights lie in memory: channels last is faster, but MPS may lack it in 3D."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last_3d
+
+
 def set_threads(threads: int | None) -> None:
     """Give torch this process's share of the processor."""
-    share = threads or len(os.sched_getaffinity(0))
+    own = getattr(os, "sched_getaffinity", None)  # not on macOS
+    share = threads or (len(own(0)) if own else os.cpu_count() or 1)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     if threads is None and limit.isdigit():  # Ray sets it to the CPUs it gave this process
         share = max(1, min(share, int(limit)))
@@ -106,7 +134,7 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the local optimiser."""
+    """Build the local optimiser of a network that is on its device already."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             network.parameters(),
@@ -114,9 +142,10 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
+            fused=True,
         )
     return torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
 
 
@@ -133,7 +162,7 @@ def fit(
     proximal_mu: float = 0.0,
     device: torch.device | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> FitReport:
     """Train in place for one round.
 
@@ -150,46 +179,64 @@ def fit(
             (Li et al., MLSys 2020).
         device: Where to compute.
         optimizer: A restored optimiser; a new one by default.
-        on_step: Called after each step with `(step, steps, loss)`.
+        on_step: Called after each step with `(step, steps, loss)`; the loss is a scalar tensor on
+            the device, and `float(loss)` waits for it.
 
     Raises:
         ModelError: Never; a loss that isn't finite is for the caller to judge by the report.
     """
     device = device or torch.device("cpu")
     dtype = choose_dtype(config.precision, device)
-    network.to(device).train()
+    layout = memory_format(device)
+    keep_channels_last(network.to(device)).train()
     optimizer = optimizer or make_optimizer(network, config)
+    # Does nothing but for fp16, whose range small gradients fall out of.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for p in network.parameters() if p.requires_grad]
     start_point = [p.detach().clone() for p in parameters] if proximal_mu else []
-    began, total, patches, step = time.monotonic(), 0.0, 0, 0
+    began, patches, step = time.monotonic(), 0, 0
+    # It stays on the device: reading it each step would make a GPU wait for Python.
+    total = torch.zeros((), device=device)
     for step, (image, labels) in enumerate(batches, 1):
         progress = (round_number - 1 + (step - 1) / steps) / rounds
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, progress)
         image, labels = image.to(device), labels.to(device)
         if image.dtype == torch.float32:
-            image = image.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            image = image.contiguous(memory_format=layout)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = network(image)
         loss = loss_function(logits, labels, annotated)
         if proximal_mu:
             apart = sum(((p - q) ** 2).sum() for p, q in zip(parameters, start_point, strict=True))
             loss = loss + 0.5 * proximal_mu * apart
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if config.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        value = loss.item()
-        total, patches = total + value, patches + image.shape[0]
+        _descend(loss, optimizer, scaler, parameters, config.max_grad_norm)
+        loss = loss.detach()
+        total, patches = total + loss, patches + image.shape[0]
         if on_step:
-            on_step(step, steps, value)
+            on_step(step, steps, loss)
     return FitReport(
         steps=step,
         patches=patches,
-        loss=total / max(step, 1),
+        loss=float(total) / max(step, 1),
         seconds=time.monotonic() - began,
     )
+
+
+def _descend(
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    if max_norm:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def steps_in_round(config: TrainConfig, cases: int, batch_size: int) -> int:
@@ -198,13 +245,18 @@ def steps_in_round(config: TrainConfig, cases: int, batch_size: int) -> int:
     return epoch * config.local_epochs
 
 
-def log_progress(site: str, round_number: int) -> Callable[[int, int, float], None]:
+def log_progress(site: str, round_number: int) -> OnStep:
     """Make an `on_step` that logs about ten lines a round."""
 
-    def on_step(step: int, steps: int, loss: float) -> None:
+    def on_step(step: int, steps: int, loss: torch.Tensor) -> None:
         if step == steps or step % max(1, steps // 10) == 0:
             log.info(
-                "%s · round %d · step %d/%d · loss %.3f", site, round_number, step, steps, loss
+                "%s · round %d · step %d/%d · loss %.3f",
+                site,
+                round_number,
+                step,
+                steps,
+                float(loss),
             )
 
     return on_step

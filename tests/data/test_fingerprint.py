@@ -146,6 +146,7 @@ def test_what_the_study_fixes_is_not_planned() -> None:
         "train.ct-window": "-100,300",
         "train.patch-size": "96,96,48",
         "train.batch-size": 3,
+        "train.inference-patch": "96,96,48",
         "model.depth": 4,
     }
     study = StudyConfig.from_run_config(fixed)

@@ -58,6 +58,7 @@ def test_mr_percentiles_map_to_minus_2_and_2_whatever_the_scale() -> None:
     inside = body[body > 0]
     low, high = np.percentile(inside, [10, 90])
     expected = np.clip((body - (low + high) / 2) / ((high - low) / 4), -2, 2)
+    assert prepared.image.dtype == np.float32
     assert np.allclose(prepared.image, expected, atol=1e-4)
     doubled = prepare(scan_of(body * 2), plan, modality="mr")
     assert np.allclose(doubled.image, prepared.image, atol=1e-4)

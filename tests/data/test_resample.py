@@ -151,3 +151,30 @@ def test_slabs_give_what_the_whole_gives(
     chosen = whole.gather(0, torch.from_numpy(result).long()[None])[0]
     assert torch.allclose(chosen, whole.amax(0), atol=1e-4)
     assert np.array_equal(result, upsample_argmax(logits, new, rows=1000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), new=SIDES, rows=st.integers(1, 9))
+def test_outside_the_box_is_background_and_little_is_ahead(
+    data: st.DataObject, new: tuple[int, int, int], rows: int
+) -> None:
+    grid = data.draw(SIDES)
+    starts = [data.draw(st.integers(0, n - 1)) for n in grid]
+    stops = [data.draw(st.integers(a + 1, n)) for a, n in zip(starts, grid, strict=True)]
+    box = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
+    lead = data.draw(st.sampled_from([0.0, 2.0, 9.0]))
+    generator = torch.Generator().manual_seed(sum(new))
+    inside = torch.randn(
+        3, *(b - a for a, b in zip(starts, stops, strict=True)), generator=generator
+    )
+    inside[0] += lead
+    result = upsample_argmax(inside, new, grid=grid, box=box, rows=rows)
+    # Class scores of the whole grid, outside 40 logits apart, resampled class by class.
+    scores = np.full((3, *grid), -20.0)
+    scores[0] = 20
+    scores[(slice(None), *box)] = inside.numpy()
+    weights = [filter_weights(o, n) for o, n in zip(grid, new, strict=True)]
+    expected = np.einsum("ai,bj,ck,nijk->nabc", *weights, scores)
+    assert result.shape == new
+    chosen = np.take_along_axis(expected, result[None].astype(int), 0)[0]
+    assert np.allclose(chosen, expected.max(0), atol=1e-4)

@@ -85,6 +85,38 @@ def test_number_formats(tmp_path: Path, ending: str, dtype: type) -> None:
     assert np.array_equal(image.array, values)
 
 
+@pytest.mark.parametrize("scale", [(1, 0), (0.37, -1024.5), (2, 0), (1, 7), (1e-3, 1e30)])
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u1", "<i4", "<f4", ">f8"])
+def test_scaled_values_are_those_of_nibabel(
+    tmp_path: Path, dtype: str, scale: tuple[float, float]
+) -> None:
+    values = np.random.default_rng(0).integers(0, 250, (5, 6, 7)).astype(dtype)
+    stored = nib.Nifti1Image(values, AFFINE, nib.Nifti1Header(endianness=dtype[0]))
+    stored.header.set_data_dtype(dtype)
+    content = bytearray(stored.to_bytes())
+    content[112:120] = np.array(scale, f"{dtype[0]}f4").tobytes()  # scl_slope, scl_inter
+    path = tmp_path / "scan.nii"
+    path.write_bytes(content)
+    expected = nib.load(path).get_fdata(dtype=np.float32)
+    assert scale == (1, 0) or not np.array_equal(expected, values)
+    canonical = nib.as_closest_canonical(nib.Nifti1Image(expected, AFFINE)).get_fdata()
+    assert np.array_equal(read_image(path).array, canonical)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_reading_holds_the_file_and_one_float32_copy(tmp_path: Path, ending: str) -> None:
+    values = np.random.default_rng(0).integers(-1000, 1000, (80, 70, 60)).astype(np.int16)
+    stored = nib.Nifti1Image(values, np.diag([-1, -1, 1, 1]))
+    stored.header.set_slope_inter(2, -1024)
+    nib.save(stored, tmp_path / f"scan{ending}")
+    tracemalloc.start()
+    try:
+        read_image(tmp_path / f"scan{ending}")
+        assert tracemalloc.get_traced_memory()[1] < 1.35 * (2 + 4) * values.size
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_slope_and_intercept_apply_to_the_scan_and_not_to_its_mask(
     tmp_path: Path, ending: str

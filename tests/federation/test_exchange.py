@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from fedseg.federation.exchange import exchange
+from fedseg.federation.exchange import exchange, poll_pause
 
 
 class FakeNetwork:
@@ -37,3 +37,11 @@ def test_late_sites_come_last_without_a_message() -> None:
     arrivals = list(exchange(network, messages, deadline=0.3))  # type: ignore[arg-type]
     assert [(a.site, a.message is None) for a in arrivals] == [("b", False), ("a", True)]
     assert arrivals[1].seconds >= 0.3
+
+
+def test_pauses_are_short_at_first_and_never_a_larger_share_of_the_wait_than_needed() -> None:
+    waits = [0.0, 0.5, 4.0, 10.0, 40.0, 3600.0]
+    pauses = [poll_pause(wait) for wait in waits]
+    assert pauses == sorted(pauses)
+    assert pauses[0] == 0.1 and pauses[-1] == 1.0
+    assert all(pause <= max(0.1, 0.02 * wait) for pause, wait in zip(pauses, waits, strict=True))

@@ -12,7 +12,6 @@ from fedseg.config import StudyConfig
 from fedseg.data.planning import make_plan
 from fedseg.errors import DataError
 from fedseg.segmentation.evaluation import evaluate_folder
-from fedseg.segmentation.inference import predict_logits
 from fedseg.segmentation.predict import Prediction, predict_files, scans_of
 
 CPU = torch.device("cpu")
@@ -142,16 +141,6 @@ def test_scans_of_files_and_folders(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             scans_of([path])
-
-
-@pytest.mark.parametrize("shape", [(5, 9, 40), (16, 16, 16), (50, 17, 31)])
-def test_sliding_window_gives_what_the_whole_gives(shape: tuple[int, int, int]) -> None:
-    image = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
-    network = ByIntensity()
-    logits = predict_logits(network, image, PLAN, device=CPU, precision="fp32")
-    expected = network(torch.from_numpy(image)[None, None])[0]
-    assert logits.dtype == torch.float32
-    assert torch.allclose(logits, expected, atol=1e-3)
 
 
 def test_folder_is_scored_in_its_own_grid_and_bad_cases_are_named(tmp_path: Path) -> None:

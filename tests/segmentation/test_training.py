@@ -2,15 +2,19 @@
 
 import itertools
 import math
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fedseg.config import StudyConfig, TrainConfig
+from fedseg.config import StudyConfig
 from fedseg.data.planning import make_plan
 from fedseg.errors import ConfigError
+from fedseg.sections import TrainConfig
 from fedseg.segmentation.losses import dice_ce
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
@@ -19,7 +23,10 @@ from fedseg.segmentation.training import (
     choose_dtype,
     fit,
     learning_rate,
+    log_progress,
     make_optimizer,
+    memory_format,
+    set_threads,
     steps_in_round,
 )
 
@@ -59,12 +66,11 @@ def test_the_same_data_gives_the_same_bits() -> None:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_it_learns_one_patch_by_heart(optimizer: str, precision: str) -> None:
-    config = TrainConfig(
-        optimizer=optimizer, learning_rate=0.02, schedule="constant", precision=precision
-    )
+    config = TrainConfig(optimizer=optimizer, learning_rate=0.02, schedule="constant")
+    config = config.model_copy(update={"precision": precision})
     image = torch.zeros(2, 1, 8, 8, 8)
     labels = torch.zeros(2, 8, 8, 8, dtype=torch.int64)
     image[:, :, 2:6, 2:6, 2:6], labels[:, 2:6, 2:6, 2:6] = 1, 1
@@ -79,18 +85,96 @@ def test_it_learns_one_patch_by_heart(optimizer: str, precision: str) -> None:
         steps=60,
         round_number=1,
         rounds=1,
-        on_step=lambda step, steps, loss: losses.append(loss),
+        on_step=lambda step, steps, loss: losses.append(float(loss)),
     )
     assert losses[-1] < 0.35 * losses[0]
 
 
-def test_the_gradient_norm_is_clipped() -> None:
-    options = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_norm_is_clipped(precision: str) -> None:
+    """Under fp16 the norm is the true one, not that of the scaled gradients."""
+    options: dict[str, Any] = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+    }
     start = network()
-    free = train(TrainConfig(**options, learning_rate=1.0, max_grad_norm=0), steps=1)
-    clipped = train(TrainConfig(**options, learning_rate=1.0, max_grad_norm=0.01), steps=1)
+    free, clipped = (
+        train(
+            TrainConfig(**options, learning_rate=1.0, max_grad_norm=norm).model_copy(
+                update={"precision": precision}
+            ),
+            steps=1,
+        )
+        for norm in (0, 0.01)
+    )
     assert far(start, free) > 0.02
     assert far(start, clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_fp16_steps_are_those_of_fp32_but_for_its_precision() -> None:
+    options: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    config = TrainConfig(**options, learning_rate=0.1, schedule="constant", max_grad_norm=0)
+    start = network()
+    full, half = (
+        train(config.model_copy(update={"precision": name}), steps=2) for name in ("fp32", "fp16")
+    )
+    # A step that the scaler skipped would be half of the way.
+    assert 0 < far(full, half) < 0.1 * far(start, full)
+
+
+def test_adamw_is_the_paper_s() -> None:
+    """Two steps by hand after Loshchilov and Hutter, ICLR 2019, in float64."""
+    config = TrainConfig(
+        learning_rate=0.01, weight_decay=0.1, schedule="constant", max_grad_norm=0, precision="fp32"
+    )
+    found = train(config, steps=2)
+    model = network().train()
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    for t, (image, labels) in enumerate(data(2), 1):
+        model.zero_grad()
+        dice_ce(model(image), labels, ("liver", "tumor")).backward()
+        with torch.no_grad():
+            for p, (first, second) in zip(model.parameters(), moments, strict=True):
+                assert p.grad is not None
+                first.mul_(0.9).add_(p.grad, alpha=0.1)
+                second.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+                step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+                p -= 0.01 * 0.1 * p + 0.01 * step
+    # Where a gradient is rounding alone (a bias before a normalisation), AdamW makes it a step.
+    gaps = [
+        (a - b).abs().median().item()
+        for a, b in zip(found.parameters(), model.parameters(), strict=True)
+        if a.dim() > 1
+    ]
+    assert max(gaps) < 1e-5
+
+
+def test_progress_gets_the_loss_of_each_step_and_the_report_their_mean() -> None:
+    seen: list[tuple[int, int, float]] = []
+    report = fit(
+        network(),
+        data(4),
+        dice_ce,
+        TrainConfig(),
+        steps=4,
+        round_number=1,
+        rounds=1,
+        on_step=lambda step, steps, loss: seen.append((step, steps, float(loss))),
+    )
+    assert [(step, steps) for step, steps, _ in seen] == [(n, 4) for n in (1, 2, 3, 4)]
+    assert report.loss == pytest.approx(np.mean([loss for *_, loss in seen]), rel=1e-5)
+    assert (report.steps, report.patches) == (4, 8)
+
+
+def test_the_log_has_about_ten_lines_a_round(caplog: pytest.LogCaptureFixture) -> None:
+    progress = log_progress("aachen", 3)
+    with caplog.at_level("INFO", logger="fedseg"):
+        for step in range(1, 41):
+            progress(step, 40, torch.tensor(1.23456))
+    assert len(caplog.messages) == 10
+    assert caplog.messages[-1] == "aachen · round 3 · step 40/40 · loss 1.235"
 
 
 def test_the_proximal_term_is_the_squared_distance() -> None:
@@ -195,6 +279,67 @@ def test_a_damaged_state_starts_anew(tmp_path) -> None:  # type: ignore[no-untyp
     (tmp_path / "round-1" / "optimizer.safetensors").write_bytes(b"broken")
     model = network()
     assert load_optimizer(make_optimizer(model, TrainConfig()), tmp_path / "round-1") is False
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "precision", "expected"),
+    [
+        ("cuda", True, "auto", torch.bfloat16),
+        ("cuda", False, "auto", torch.float16),
+        ("cuda", False, "fp32", torch.float32),
+        ("cuda", True, "fp16", torch.float16),
+        ("mps", False, "auto", torch.float32),
+        ("mps", False, "bf16", torch.float32),
+        ("cpu", False, "fp16", torch.float16),
+    ],
+)
+def test_the_number_format_follows_the_hardware(
+    device: str,
+    hardware: bool,
+    precision: str,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Older GPUs say they support bf16, and emulate it; that doesn't count."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: hardware or including_emulation,
+    )
+    assert choose_dtype(precision, torch.device(device)) is expected
+
+
+def test_a_cpu_s_number_format_is_what_the_kernel_says() -> None:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        pytest.skip("needs Linux's /proc")
+    has = any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+    expected = torch.bfloat16 if has else torch.float32
+    assert choose_dtype("auto", torch.device("cpu")) is expected
+
+
+def test_threads_are_the_process_s_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray sets it
+        set_threads(None)
+        assert torch.get_num_threads() == 1
+        set_threads(2)  # what a site's config says goes first
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        set_threads(None)
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr(os, "sched_getaffinity")
+        set_threads(None)
+        assert torch.get_num_threads() == os.cpu_count()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_mps_keeps_the_plain_memory_format() -> None:
+    assert memory_format(torch.device("cpu")) is torch.channels_last_3d
+    assert memory_format(torch.device("mps")) is torch.contiguous_format
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -1,0 +1,1 @@
+"""The least Flower app that federates the benchmark's work."""

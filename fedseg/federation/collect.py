@@ -1,0 +1,171 @@
+"""Collect a round's updates: each is decoded under bounds, checked alone and spooled as it came."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+
+from fedseg.arrays import arrays_to_state
+from fedseg.errors import Reason
+from fedseg.federation.compression import Scheme, check_parts, finite_and_norm
+from fedseg.federation.exchange import Arrival, exchange
+from fedseg.federation.flat import Layout, flatten
+from fedseg.federation.spool import open_update, spool
+from fedseg.messages import TRAIN_METRICS, Answer, read_answer
+
+__all__ = ["Collected", "Inbox", "Update", "collect", "pull_late", "spooled_before"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inbox:
+    """What the server needs to read updates.
+
+    Attributes:
+        layout: Layout of the shared parameters.
+        scheme: How updates are compressed.
+        folder: Where the round's updates are spooled.
+    """
+
+    layout: Layout
+    scheme: Scheme
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """A good update on disk.
+
+    Attributes:
+        path: Its file in the spool.
+        metrics: What the site says about its training.
+        age: Rounds since the weights it builds on; 0 unless it was carried over.
+    """
+
+    path: Path
+    metrics: Mapping[str, float]
+    age: int = 0
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """What came of a round.
+
+    Attributes:
+        lines: Each site's entry in `history.jsonl`.
+        updates: Good updates by site.
+        open: Message id of each site that hasn't answered.
+    """
+
+    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
+    open: dict[str, str] = field(default_factory=dict)
+
+
+def collect(
+    grid: Grid, messages: Mapping[str, Message], inbox: Inbox, *, deadline: float
+) -> Collected:
+    """Send the round's messages and take what comes until the deadline (seconds)."""
+    found = Collected()
+    for arrival in exchange(grid, messages, deadline=deadline):
+        line, update = _take(arrival, arrival.site, inbox)
+        found.lines[arrival.site] = line
+        if update is not None:
+            found.updates[arrival.site] = update
+        if arrival.message is None and arrival.message_id:
+            found.open[arrival.site] = arrival.message_id
+    return found
+
+
+def pull_late(
+    grid: Grid, site: str, message_id: str, inbox: Inbox, *, age: int
+) -> tuple[dict[str, Any], Update | None] | None:
+    """Take the reply to a message of an earlier round, None while there is none."""
+    for reply in grid.pull_messages([message_id]):
+        arrival = Arrival(site=site, message=reply, seconds=0.0)
+        line, update = _take(arrival, f"{site}@{age}", inbox)
+        late = update and Update(path=update.path, metrics=update.metrics, age=age)
+        return line, late
+    return None
+
+
+def spooled_before(folder: Path, *, size: int) -> Collected:
+    """Find what a server that was killed while it collected had already spooled.
+
+    What a power failure left damaged is passed over: that site is asked again.
+    """
+    found = Collected()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            open_update(path, size=size)
+            note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if "@" not in path.stem:
+            found.lines[path.stem] = note
+            found.updates[path.stem] = Update(path=path, metrics=note["training"])
+    return found
+
+
+def _take(arrival: Arrival, name: str, inbox: Inbox) -> tuple[dict[str, Any], Update | None]:
+    """Judge one reply alone; spool its update if it is good."""
+    answer, parts = _read(arrival, inbox)
+    line = {
+        "status": answer.status,
+        "reason": answer.reason.value if answer.reason else None,
+        **({"detail": answer.detail} if answer.detail else {}),
+        "weight": 0.0,
+        "seconds": round(arrival.seconds, 3),
+        "bytes_up": answer.bytes_up,
+        "training": dict(answer.metrics),
+        "metrics": {},
+    }
+    if parts is None:
+        return line, None
+    # The note goes first: an update counts as spooled once its own file has its name.
+    inbox.folder.mkdir(parents=True, exist_ok=True)
+    note = inbox.folder / f"{name}.json"
+    note.with_suffix(".partial").write_text(json.dumps(line), encoding="utf-8")
+    os.replace(note.with_suffix(".partial"), note)
+    path = spool(inbox.folder, name, parts, scheme=inbox.scheme)
+    return line, Update(path=path, metrics=answer.metrics)
+
+
+def _read(arrival: Arrival, inbox: Inbox) -> tuple[Answer, dict[str, torch.Tensor] | None]:
+    if arrival.message is None:
+        return Answer(status="late", reason=Reason.DEADLINE), None
+    answer = read_answer(arrival.message, declared=TRAIN_METRICS)
+    if answer.status != "ok":
+        return answer, None
+    complete = set(answer.metrics) == set(TRAIN_METRICS) and answer.metrics["cases"] > 0
+    if answer.update is None or not complete:
+        return Answer(status="failed", reason=Reason.BAD_UPDATE), None
+    parts = _decoded(answer.update, inbox)
+    if isinstance(parts, Reason):
+        return Answer(status="failed", reason=parts, bytes_up=answer.bytes_up), None
+    return answer, parts
+
+
+def _decoded(record: ArrayRecord, inbox: Inbox) -> dict[str, torch.Tensor] | Reason:
+    """Decode an update under bounds and check it alone: names, shapes, types, finite."""
+    layout, size = inbox.layout, inbox.layout.size
+    try:
+        if inbox.scheme.name == "none":
+            parts = {"values": flatten(arrays_to_state(record, layout.like()), layout)}
+        else:
+            expected = inbox.scheme.sizes(size)
+            like = {
+                name: torch.empty(length, dtype=dtype, device="meta")
+                for name, (dtype, length) in expected.items()
+            }
+            parts = arrays_to_state(record, like)
+        check_parts(parts, inbox.scheme, size=size)
+    except (ValueError, TypeError, KeyError, EOFError):
+        return Reason.BAD_UPDATE
+    finite, _ = finite_and_norm(parts, inbox.scheme, size=size)
+    return parts if finite else Reason.NOT_FINITE

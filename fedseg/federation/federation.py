@@ -1,0 +1,86 @@
+"""The federation: what every round needs, and the messages it sends."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedseg.arrays import state_to_arrays
+from fedseg.config import StudyConfig
+from fedseg.data.plan import Plan
+from fedseg.federation.checkpoints import Progress
+from fedseg.federation.reduce import Reducer
+from fedseg.federation.run_folder import RunFolder
+from fedseg.federation.sites import KnownSite
+from fedseg.messages import ARRAYS, BUFFERS, CONFIG, Task, study_text
+from fedseg.segmentation.sharing import SplitState, split_state
+
+__all__ = ["Federation", "ServerEvaluation", "Summary", "messages_to"]
+
+Summary = dict[str, float | int | None]
+ServerEvaluation = Callable[[nn.Module], dict[str, Summary]]
+
+
+@dataclass
+class Federation:
+    """All that the rounds need.
+
+    Attributes:
+        grid: Flower's grid.
+        study: The study config.
+        plan: The plan.
+        sites: The sites, in order of their names.
+        network: The global model.
+        strategy: Flower's strategy.
+        reduce: Makes one change out of the sites' updates.
+        folder: The run folder.
+        evaluate: Scores a network on the server's own cases: `global`, `unseen`.
+        progress: How far the run is.
+    """
+
+    grid: Grid
+    study: StudyConfig
+    plan: Plan
+    sites: list[KnownSite]
+    network: nn.Module
+    strategy: Strategy
+    reduce: Reducer
+    folder: RunFolder
+    evaluate: ServerEvaluation
+    progress: Progress = field(default_factory=Progress)
+
+    def split(self) -> SplitState:
+        """Split the global model's state into shared, local and integer tensors."""
+        return split_state(self.network, self.study.federation.shared)
+
+    def task(self, number: int, *, final: bool = False) -> ConfigRecord:
+        """Make the config of a round's messages."""
+        return Task(
+            study_run=self.folder.run_id,
+            config_digest=self.study.digest(),
+            plan=self.plan.to_json(),
+            round_number=number,
+            rounds=self.study.federation.rounds,
+            final=final,
+            study=study_text(self.study),
+        ).to_record()
+
+    def content(self, config: ConfigRecord) -> RecordDict:
+        """Pack the global model and a config: the same for every site."""
+        state = self.split()
+        dtype = torch.float16 if self.study.federation.download == "fp16" else None
+        content = RecordDict({ARRAYS: state_to_arrays(state.shared, dtype=dtype), CONFIG: config})
+        if state.fixed:
+            content[BUFFERS] = state_to_arrays(state.fixed)
+        return content
+
+
+def messages_to(sites: Sequence[KnownSite], content: RecordDict, kind: str) -> dict[str, Message]:
+    """One message of a kind for each site, by its name."""
+    return {
+        site.name: Message(content, dst_node_id=site.node_id, message_type=kind) for site in sites
+    }

@@ -1,0 +1,47 @@
+"""Inner products of all pairs of updates: norms, cosines and distances follow from them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedseg.federation.chunks import CHUNK, spans, stacks
+from fedseg.federation.spool import SpooledUpdate
+
+__all__ = ["gram", "squared_distances", "squared_norms"]
+
+_VALUES = 2**20
+"""Values of a chunk's stack: 8 MiB."""
+
+
+def gram(updates: Sequence[SpooledUpdate]) -> torch.Tensor:
+    """Multiply the matrix of updates with its transpose.
+
+    Computed and summed in float64, chunk by chunk: the squares of any finite float32 fit, and
+    nothing is lost where distances are small beside norms.
+
+    Args:
+        updates: S updates of one size, at least one.
+
+    Returns:
+        Inner products float64 `[S, S]`, in the order of the updates.
+    """
+    products = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for _, _, stack in stacks(updates, values=_VALUES, dtype=torch.float64):
+        products.addmm_(stack, stack.T)
+    return products
+
+
+def squared_distances(products: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distances float64 `[S, S]` from inner products; 0 on the diagonal."""
+    norms = products.diagonal()
+    distances = (norms[:, None] + norms[None, :] - 2 * products).clamp_min(0)
+    return distances.fill_diagonal_(0)
+
+
+def squared_norms(updates: Sequence[SpooledUpdate]) -> list[float]:
+    """Squared L2 norm of each update, summed in float64."""
+    norms = []
+    for update in updates:
+        chunks = (update.chunk(start, stop).double() for start, stop in spans(update.size, CHUNK))
+        norms.append(sum(float(chunk.dot(chunk)) for chunk in chunks))
+    return norms

@@ -1,0 +1,220 @@
+"""The training half of a round: choose sites, collect updates, guard, weigh, reduce, move."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message, RecordDict
+
+from fedseg.arrays import array_bytes
+from fedseg.errors import StudyError
+from fedseg.federation.collect import Inbox, Update, collect, pull_late, spooled_before
+from fedseg.federation.compression import scheme_of
+from fedseg.federation.federation import Federation, messages_to
+from fedseg.federation.flat import layout_of, unflatten
+from fedseg.federation.gram import gram
+from fedseg.federation.guard import Quarantine, decide, site_of
+from fedseg.federation.history import new_line, why
+from fedseg.federation.sites import KnownSite
+from fedseg.federation.spool import SpooledUpdate, check_room, open_update
+from fedseg.federation.strategies import next_state, train_config
+from fedseg.federation.weighting import WEIGHTINGS
+from fedseg.messages import ARRAYS
+from fedseg.registry import resolve
+
+__all__ = ["train_round"]
+
+log = logging.getLogger(__name__)
+
+_DRAW = 17
+"""Keeps the draw of sites apart from other uses of the seed."""
+
+_FORGET_AFTER = 2
+"""Rounds after which a site that hasn't answered is asked again."""
+
+
+def train_round(federation: Federation, number: int) -> dict[str, Any]:
+    """Train one round and move the global model; return entries of the history's line.
+
+    Raises:
+        StudyError: Too few good updates came, or the disk has no room for them.
+    """
+    state = federation.split()
+    before = {name: tensor.clone() for name, tensor in state.shared.items()}
+    layout = layout_of(before)
+    inbox = Inbox(
+        layout=layout,
+        scheme=scheme_of(federation.study.federation),
+        folder=federation.folder.path / "checkpoint" / "spool" / str(number),
+    )
+    entries: dict[str, Any] = {"sites": {}, "late": []}
+    updates = _collected(federation, number, before, inbox, entries)
+    opened = {
+        name: open_update(update.path, size=layout.size) for name, update in sorted(updates.items())
+    }
+    _guard(federation, number, opened, entries["sites"])
+    _warn(entries["sites"], number)
+    _check_enough(federation, number, opened, entries)
+    weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
+    metrics = [updates[name].metrics for name in opened]
+    change = federation.reduce(list(opened.values()), list(weights.values()), metrics)
+    # Flower wants a message to reply to; its content doesn't matter.
+    to = Message(RecordDict(), dst_node_id=federation.sites[0].node_id, message_type="train")
+    moved = next_state(federation.strategy, number, before, unflatten(change, layout), to)
+    federation.network.load_state_dict({**moved, **state.local, **state.fixed})
+    entries["bytes_up"] = sum(site["bytes_up"] for site in entries["sites"].values())
+    return entries
+
+
+def _drawn(federation: Federation, number: int) -> list[KnownSite]:
+    """Sites of a round: all that aren't busy with an earlier one, or a fraction drawn by seed."""
+    study, late = federation.study, federation.progress.late
+    free = [site for site in federation.sites if site.name not in late]
+    if study.federation.fraction == 1:
+        return free
+    count = max(
+        study.federation.min_sites, math.ceil(study.federation.fraction * len(federation.sites))
+    )
+    rng = np.random.default_rng([study.train.seed, number, _DRAW])
+    drawn = rng.permutation(len(free))[:count]
+    return [free[i] for i in sorted(drawn)]
+
+
+def _collected(
+    federation: Federation,
+    number: int,
+    before: Mapping[str, torch.Tensor],
+    inbox: Inbox,
+    entries: dict[str, Any],
+) -> dict[str, Update]:
+    """Updates of this round by site; late ones of earlier rounds by `site@age`."""
+    study, progress = federation.study.federation, federation.progress
+    updates = _late_updates(federation, number, inbox, entries)
+    known = spooled_before(inbox.folder, size=inbox.layout.size)
+    sites = _drawn(federation, number)
+    nodes = [site.node_id for site in sites]
+    config = train_config(federation.strategy, number, before, federation.task(number), nodes)
+    content = federation.content(config)
+    asked = [site for site in sites if site.name not in known.updates]
+    room = inbox.scheme.bytes(inbox.layout.size) * len(asked)
+    check_room(inbox.folder, needed=room)
+    found = collect(
+        federation.grid,
+        messages_to(asked, content, "train"),
+        inbox,
+        deadline=study.round_deadline,
+    )
+    progress.late.update({name: (number, found.open[name]) for name in sorted(found.open)})
+    wanted = {site.name for site in sites}
+    for part in (known, found):
+        entries["sites"].update({k: v for k, v in part.lines.items() if k in wanted})
+        updates.update({k: v for k, v in part.updates.items() if k in wanted})
+    entries["bytes_down"] = array_bytes(content.array_records[ARRAYS]) * len(asked)
+    return updates
+
+
+def _late_updates(
+    federation: Federation, number: int, inbox: Inbox, entries: dict[str, Any]
+) -> dict[str, Update]:
+    """Take what came after its round's deadline: recorded by name, and averaged where asked."""
+    late, updates = federation.progress.late, {}
+    carry = federation.study.federation.late == "carry"
+    for name, (asked, message_id) in sorted(late.items()):
+        age = number - asked
+        found = pull_late(federation.grid, name, message_id, inbox, age=age)
+        if found is None and age <= _FORGET_AFTER:
+            reason = {"status": "late", "reason": "deadline", "weight": 0.0, "seconds": 0.0}
+            entries["sites"][name] = {**reason, "bytes_up": 0, "training": {}, "metrics": {}}
+            continue
+        del late[name]
+        if found is None:
+            continue
+        line, update = found
+        used = carry and update is not None
+        record = {"site": name, "round": asked, "status": line["status"], "used": used}
+        entries["late"].append(record)
+        log.info("round %d: update of %s from round %d came late", number, name, asked)
+        if update is not None and used:
+            updates[f"{name}@{age}"] = update
+        elif update is not None:
+            update.path.unlink()
+    return updates
+
+
+def _guard(
+    federation: Federation, number: int, opened: dict[str, SpooledUpdate], lines: dict[str, Any]
+) -> None:
+    """Leave out what the guard finds odd, and who is still on parole."""
+    settings, progress = federation.study.federation, federation.progress
+    if not settings.guard or not opened:
+        return
+    decision = decide(
+        gram(list(opened.values())),
+        list(opened),
+        Quarantine.from_json(progress.quarantine),
+        norm_factor=settings.guard_norm,
+        opposition=settings.guard_opposition,
+        parole=settings.parole,
+    )
+    progress.quarantine = decision.quarantine.to_json()
+    for name, reason in decision.left_out.items():
+        del opened[name]
+        line = lines.setdefault(site_of(name), {})
+        line.update(status="quarantined", reason=reason.value)
+    for name, verdict in decision.verdicts.items():
+        if name in lines:
+            lines[name]["guard"] = {"norm": verdict.norm, "cosine": verdict.cosine}
+
+
+def _check_enough(
+    federation: Federation,
+    number: int,
+    opened: Mapping[str, SpooledUpdate],
+    entries: dict[str, Any],
+) -> None:
+    wanted = federation.study.federation.min_sites
+    if len(opened) >= wanted:
+        return
+    line = new_line(number, entries)
+    federation.folder.append_history(line)
+    reasons = "; ".join(f"{name}: {why(site)}" for name, site in line["sites"].items())
+    raise StudyError(
+        f"round {number}: got {len(opened)} good updates; expected at least {wanted} "
+        f"(federation.min-sites); {reasons}"
+    )
+
+
+def _weights(
+    federation: Federation, updates: Mapping[str, Update], lines: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Weigh each update; one that is carried over counts less by its age.
+
+    The discount is polynomial in the rounds passed (Xie et al., Asynchronous Federated
+    Optimization, 2019, with exponent 1/2).
+    """
+    name = federation.study.federation.weighting
+    weigh = resolve("federation.weighting", name, WEIGHTINGS)
+    weights = {}
+    for site, update in updates.items():
+        weight = float(weigh(update.metrics)) / math.sqrt(1 + update.age)
+        if not 0 <= weight < math.inf:
+            raise StudyError(
+                f"federation.weighting: '{name}' gave {site} {weight}; expected at least 0"
+            )
+        weights[site] = weight
+        if site in lines:
+            lines[site]["weight"] = weight
+    if not sum(weights.values()) > 0:
+        raise StudyError(
+            f"federation.weighting: '{name}' gave every site weight 0; expected one above 0"
+        )
+    return weights
+
+
+def _warn(sites: Mapping[str, Mapping[str, Any]], number: int) -> None:
+    for name, site in sorted(sites.items()):
+        if site["status"] != "ok":
+            log.warning("round %d without %s: %s", number, name, why(site))

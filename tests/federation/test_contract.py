@@ -1,0 +1,195 @@
+"""Every strategy with every weighting: two rounds of real local steps against a numpy oracle."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord
+from torch import nn
+from updates import State, identity, spooled, study, template
+
+from fedseg.config import StudyConfig
+from fedseg.data.plan import CLASSES
+from fedseg.errors import ConfigError
+from fedseg.federation.flat import Layout, flatten, layout_of, unflatten
+from fedseg.federation.reduce import reducer_of
+from fedseg.federation.strategies import (
+    STRATEGIES,
+    check_strategy,
+    least_sites,
+    make_strategy,
+    next_state,
+    train_config,
+)
+from fedseg.federation.weighting import WEIGHTINGS
+
+COUNT = 7  # Bulyan against one malicious site
+STEPS = [2 + site % 3 for site in range(COUNT)]
+CASES = [1 + 2 * site for site in range(COUNT)]
+ANNOTATED = [1 + site % 2 for site in range(COUNT)]
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    with identity():
+        yield
+
+
+def two_convolutions() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv3d(1, 4, 3, padding=1), nn.LeakyReLU(), nn.Conv3d(4, CLASSES, 1)
+        )
+
+
+def train(site: int, state: State) -> tuple[State, dict[str, float]]:
+    """A few steps of SGD on the site's own noise."""
+    network = two_convolutions()
+    network.load_state_dict(state)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    rng = torch.Generator().manual_seed(site)
+    image = torch.randn(2, 1, 6, 6, 6, generator=rng) * (1 + site)
+    labels = torch.randint(0, CLASSES, (2, 6, 6, 6), generator=rng)
+    losses = []
+    for _ in range(STEPS[site]):
+        loss = nn.functional.cross_entropy(network(image), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    metrics = {
+        "cases": CASES[site],
+        "voxels": 1000.0 * CASES[site] ** 2,
+        "annotated": ANNOTATED[site],
+        "patches": 2 * STEPS[site],
+        "steps": STEPS[site],
+        "first_loss": losses[0],
+        "loss": sum(losses) / len(losses),
+    }
+    return dict(network.state_dict()), {key: float(value) for key, value in metrics.items()}
+
+
+def tumor_span(layout: Layout) -> list[tuple[int, int]]:
+    """Rows of tumour in the last convolution `2`, by hand."""
+    bias, weight = layout.spans()["2.bias"][0], layout.spans()["2.weight"][0]
+    return [(bias + 2, bias + 3), (weight + 8, weight + 12)]
+
+
+def oracle_weights(name: str, metrics: Sequence[Mapping[str, float]]) -> np.ndarray:
+    by_hand = {
+        "cases": CASES,
+        "patches": [2 * steps for steps in STEPS],
+        "voxels": [1000 * cases**2 for cases in CASES],
+        "equal": [1] * COUNT,
+        "inverse-steps": [cases / steps for cases, steps in zip(CASES, STEPS, strict=True)],
+        "annotated": [cases * n / 2 for cases, n in zip(CASES, ANNOTATED, strict=True)],
+    }
+    return np.array(by_hand[name], float)
+
+
+def oracle_reduce(
+    config: StudyConfig,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    metrics: Sequence[Mapping[str, float]],
+) -> np.ndarray:
+    """All reducers as one reads them in their papers, float64 `[N]` from `[S, N]`."""
+    name, count = config.federation.strategy, len(rows)
+    malicious = config.federation.malicious_sites
+    apart = ((rows[:, None] - rows[None]) ** 2).sum(-1)
+    scores = np.sort(apart, axis=1)[:, 1 : count - malicious - 1].sum(1)
+    order = np.argsort(scores)
+    if name == "krum":
+        return rows[order[0]]
+    if name == "multikrum":
+        kept = order[: count - malicious - 2]
+        return np.average(rows[kept], axis=0, weights=weights[kept])
+    if name == "bulyan":
+        kept = rows[order[: count - 2 * malicious]]
+        nearest = np.argsort(np.abs(kept - np.median(kept, axis=0)), axis=0)
+        return np.take_along_axis(kept, nearest[: count - 4 * malicious], 0).mean(0)
+    if name == "fedmedian":
+        return np.median(rows, axis=0)
+    if name == "fedtrimmedavg":
+        cut = math.floor(0.2 * count)
+        return np.sort(rows, axis=0)[cut : count - cut].mean(0)
+    if name == "qfedavg":
+        loss, q = np.array([site["first_loss"] for site in metrics]), config.federation.q
+        norms = (rows**2).sum(1)
+        lipschitz = 2 * loss.sum() / norms.sum()
+        h = q * loss ** (q - 1) * lipschitz**2 * norms + lipschitz * loss**q
+        return (lipschitz * loss**q) @ rows / h.sum()
+    if name == "fednova":
+        share, steps = weights / weights.sum(), np.array(STEPS)
+        return (share @ steps) * (share @ (rows / steps[:, None]))
+    return np.average(rows, axis=0, weights=weights)
+
+
+class OracleServer:
+    """What the strategy does beyond averaging, in float64."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.name, self.built = config.federation.strategy, vars(make_strategy(config))
+        self.beta = config.federation.server_momentum
+        self.m: np.ndarray | float = 0.0
+        self.v: np.ndarray | float = 0.0
+
+    def step(self, change: np.ndarray, number: int) -> np.ndarray:
+        if self.name == "fedavgm":
+            self.m = self.beta * self.m + change
+            return np.asarray(self.built["server_learning_rate"] * self.m)
+        if self.name not in ("fedadam", "fedyogi", "fedadagrad"):
+            return change
+        beta, rate, square = self.beta, self.built["eta"], change**2
+        if self.name == "fedadagrad":
+            beta, self.v = 0.0, self.v + square
+        elif self.name == "fedyogi":
+            self.v = self.v - 0.01 * square * np.sign(self.v - square)
+        else:
+            self.v = 0.99 * self.v + 0.01 * square
+            rate *= math.sqrt(1 - 0.99 ** (number + 1)) / (1 - beta ** (number + 1))
+        self.m = beta * self.m + (1 - beta) * change
+        return np.asarray(rate * self.m / (np.sqrt(self.v) + self.built["tau"]))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_rounds_are_those_of_the_oracle(tmp_path: Path, name: str, weighting: str) -> None:
+    config = study(strategy=name, weighting=weighting)
+    try:
+        check_strategy(config)
+    except ConfigError:
+        assert weighting != "cases"
+        return
+    assert least_sites(config) <= COUNT
+    state: State = dict(two_convolutions().state_dict())
+    layout = layout_of(state)
+    rows = tumor_span(layout)
+    strategy, reduce = make_strategy(config), reducer_of(config, tumor_rows=rows)
+    server, expected = OracleServer(config), flatten(state, layout).double().numpy()
+    for number in (1, 2):
+        before = flatten(state, layout)
+        train_config(strategy, number, state, ConfigRecord(), list(range(1, COUNT + 1)))
+        trained, metrics = zip(*(train(site, state) for site in range(COUNT)), strict=True)
+        changes = [(flatten(after, layout) - before).numpy() for after in trained]
+        weights = [WEIGHTINGS[weighting](site) for site in metrics]
+        updates = spooled(tmp_path / str(number), changes)
+        change = reduce(updates, weights, metrics)
+        state = next_state(strategy, number, state, unflatten(change, layout), template())
+
+        exact = np.stack(changes).astype(np.float64)
+        by_hand = oracle_weights(weighting, metrics)
+        mean = oracle_reduce(config, exact, by_hand, metrics)
+        if weighting == "annotated" and name != "multikrum":
+            only = by_hand * (np.array(ANNOTATED) == 2)
+            of_tumor = oracle_reduce(config, exact, only, metrics)
+            for start, stop in rows:
+                mean[start:stop] = of_tumor[start:stop]
+        expected = expected + server.step(mean, number)
+        found = flatten(state, layout).numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+        assert (found != before.numpy()).mean() > 0.9

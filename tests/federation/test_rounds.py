@@ -1,0 +1,183 @@
+"""Rounds over real messages: who takes part, what travels, when training ends."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedseg.errors import StudyError
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
+    names = ("aachen", "bonn", "chemnitz", "dortmund")
+    return {
+        n + 1: {"data-dir": str(make_site(name, seed=n)), "device": "cpu"}
+        for n, name in enumerate(names)
+    }
+
+
+def history(folder: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Any) -> dict[str, torch.Tensor]:
+    return load_file(folder.path / "model-last.safetensors")
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(torch.equal(t, weights(other)[name]) for name, t in weights(one).items())
+
+
+ALL = {"federation.sites": "4"}
+
+
+def test_a_fraction_of_the_sites_is_drawn_anew_each_round(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    config = {**ALL, "federation.fraction": 0.5, "federation.rounds": 6}
+    folder, _ = run_study(sites, config)
+    drawn = [
+        {n for n, s in line["sites"].items() if s.get("status") == "ok"}
+        for line in history(folder)[1:]
+    ]
+    assert all(len(names) == 2 for names in drawn)
+    assert set().union(*drawn) == {"aachen", "bonn", "chemnitz", "dortmund"}
+    assert len({frozenset(names) for names in drawn}) > 1
+    again, _ = run_study(sites, config)
+    assert same(folder, again)
+
+
+@pytest.mark.parametrize("late", ["drop", "carry"])
+def test_a_late_update_is_recorded_and_carried_only_where_asked(
+    late: str, run_study: Run, sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid_class = pytest.importorskip("conftest").LocalGrid
+    pull = grid_class.pull_messages
+    asked: dict[str, int] = {}
+
+    def slow_pull(self: Any, message_ids: Any) -> Any:
+        """Dortmund's first training isn't done before the others begin their second."""
+        (message_id,) = message_ids
+        message = self._pending.get(message_id)
+        if message and message.metadata.dst_node_id == 4:
+            config = message.content.config_records.get("config", {})
+            first = message.metadata.message_type == "train" and config["server-round"] == 1
+            asked[message_id] = asked.get(message_id, 0) + 1
+            rounds = [
+                m.content["config"]["server-round"]
+                for m in self.sent
+                if m.metadata.message_type == "train"
+            ]
+            if first and max(rounds) == 1:
+                return []
+        return pull(self, message_ids)
+
+    monkeypatch.setattr(grid_class, "pull_messages", slow_pull)
+    config = {
+        **ALL,
+        "federation.rounds": 3,
+        "federation.round-deadline": 0.2,
+        "federation.guard": False,
+    }
+    folder, _ = run_study(sites, {**config, "federation.late": late})
+    lines = history(folder)
+    assert lines[1]["sites"]["dortmund"]["status"] == "late"
+    assert lines[2]["sites"]["dortmund"]["status"] == "late"
+    (entry,) = lines[3]["late"]
+    assert entry == {"site": "dortmund", "round": 1, "status": "ok", "used": late == "carry"}
+    assert lines[3]["sites"]["dortmund"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int4", "top-k"])
+def test_compressed_updates_are_small_and_near(
+    scheme: str, run_study: Run, sites: dict[int, Any]
+) -> None:
+    plain, _ = run_study(sites, ALL)
+    packed, grid = run_study(sites, {**ALL, "federation.compression": scheme})
+    ratio = history(packed)[1]["bytes_up"] / history(plain)[1]["bytes_up"]
+    assert ratio < {"fp16": 0.51, "int8": 0.27, "int4": 0.15, "top-k": 0.11}[scheme]
+    start = next(m for m in grid.sent if m.metadata.message_type == "train")
+    begun = start.content["arrays"].to_torch_state_dict()
+    moved = {k: weights(plain)[k] - begun[k] for k in begun}
+    error = sum(float(((weights(packed)[k] - weights(plain)[k]) ** 2).sum()) for k in begun)
+    length = sum(float((change**2).sum()) for change in moved.values())
+    bound = {"fp16": 0.01, "int8": 0.05, "int4": 0.3, "top-k": 1.0}[scheme]
+    assert error**0.5 < bound * length**0.5
+
+
+def test_half_precision_downloads_halve_what_is_sent(run_study: Run, sites: dict[int, Any]) -> None:
+    plain, _ = run_study(sites, ALL)
+    half, _ = run_study(sites, {**ALL, "federation.download": "fp16"})
+    assert history(half)[1]["bytes_down"] < 0.6 * history(plain)[1]["bytes_down"]
+    for name, tensor in weights(plain).items():
+        assert torch.allclose(tensor, weights(half)[name], atol=0.02)
+
+
+@pytest.mark.parametrize("shared", ["all-but-norm", "all-but-head"])
+def test_local_layers_stay_at_the_site(
+    shared: str, run_study: Run, sites: dict[int, Any], home: Path
+) -> None:
+    folder, grid = run_study(sites, {**ALL, "federation.shared": shared})
+    update = next(m for m in grid.received if m.metadata.message_type == "train")
+    travelled = set(update.content["update"])
+    stays = set(weights(folder)) - travelled
+    assert stays
+    # The server's copy of them is as it began, each site has its own.
+    kept = [load_file(path) for path in sorted(home.rglob("round-2/local.safetensors"))]
+    assert len(kept) == 4
+    assert all(set(tensors) == stays for tensors in kept)
+    name = max(stays, key=lambda n: kept[0][n].numel())
+    assert len({tuple(tensors[name].flatten().tolist()) for tensors in kept}) == 4
+    assert not any(torch.equal(tensors[name], weights(folder)[name]) for tensors in kept)
+    again, _ = run_study(sites, {**ALL, "federation.shared": shared})
+    assert same(folder, again)
+
+
+def test_training_ends_when_nothing_gets_better(run_study: Run, sites: dict[int, Any]) -> None:
+    config = {**ALL, "federation.rounds": 8, "federation.patience": 2}
+    stuck = {"train.learning-rate": 1e-12, "federation.monitor": "federated.liver.dice"}
+    folder, _ = run_study(sites, {**config, **stuck})
+    lines = history(folder)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_a_monitor_that_no_line_has_is_refused(run_study: Run, sites: dict[int, Any]) -> None:
+    with pytest.raises(Exception, match=r"federation\.monitor: got"):
+        run_study(sites, {**ALL, "federation.monitor": "federated.liver.dise"})
+
+
+def test_a_time_budget_ends_a_round(run_study: Run, sites: dict[int, Any]) -> None:
+    config = {**ALL, "train.minutes": 1e-6, "federation.rounds": 1}
+    folder, _ = run_study(sites, config)
+    for site in history(folder)[1]["sites"].values():
+        assert site["training"]["steps"] == 1
+
+
+def test_sites_keep_a_personal_model_only_where_it_is_better(
+    run_study: Run, sites: dict[int, Any], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run_study(sites, {**ALL, "train.steps-per-epoch": 8, "train.learning-rate": 1e-2})
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    personal = manifest["personal"]
+    assert list(personal) == ["aachen", "bonn", "chemnitz", "dortmund"]
+    files = {path.stem for path in (home / "cache").rglob("personal/*.safetensors")}
+    for name, entry in personal.items():
+        mean = {
+            which: sum(entry[which][f"{region}.dice"] or 0 for region in ("liver", "tumor"))
+            for which in ("global", "personal")
+        }
+        assert entry["kept"] == (mean["personal"] > mean["global"])
+        assert (f"{folder.run_id}-{name}" in files) == entry["kept"]
+    assert "Personal model better" in capsys.readouterr().out
+
+
+def test_too_few_sites_for_a_strategy(run_study: Run, sites: dict[int, Any]) -> None:
+    with pytest.raises(StudyError, match="bulyan"):
+        run_study(sites, {**ALL, "federation.strategy": "bulyan"})
