@@ -127,7 +127,9 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="seed of initial weights, patches and augmentation")
     local_epochs: int = Field(1, ge=1, description="passes over the site's cases a round")
     minutes: Positive | None = Field(
-        None, description="a site stops its round after so many minutes; empty: no limit"
+        None,
+        description="a site's round takes so many minutes, and its update counts by its mean step "
+        "(FedNova); empty: steps decide",
     )
     steps_per_epoch: int | None = Field(
         None, ge=1, description="optimiser steps an epoch; empty: `patches-per-case` decides"

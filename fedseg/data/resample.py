@@ -41,7 +41,7 @@ def _matrix(old: int, new: int) -> torch.Tensor:
 def _along(volume: torch.Tensor, axis: int, matrix: torch.Tensor) -> torch.Tensor:
     """Apply `[new, old]` along an axis of `[x, y, z]`, without turning the volume for it."""
     if axis == 0:
-        return (matrix @ volume.flatten(1)).unflatten(1, volume.shape[1:])
+        return (matrix @ volume.flatten(1)).reshape(-1, *volume.shape[1:])
     return matrix @ volume if axis == 1 else volume @ matrix.T
 
 

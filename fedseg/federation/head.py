@@ -6,14 +6,12 @@ import torch
 from torch import nn
 
 from fedseg.config import StudyConfig
-from fedseg.data.plan import CLASSES, Plan
+from fedseg.data.plan import CLASSES, REGIONS, Plan
 from fedseg.federation.flat import Layout, layout_of
 from fedseg.segmentation.models import MODELS
 from fedseg.segmentation.sharing import split_state
 
 __all__ = ["head_rows", "tumor_rows"]
-
-_TUMOR = 2
 
 
 def tumor_rows(study: StudyConfig, network: nn.Module, plan: Plan) -> list[tuple[int, int]]:
@@ -21,7 +19,7 @@ def tumor_rows(study: StudyConfig, network: nn.Module, plan: Plan) -> list[tuple
     if study.federation.weighting != "annotated":
         return []
     layout = layout_of(split_state(network, study.federation.shared).shared)
-    return head_rows(network, layout, plan)[_TUMOR]
+    return head_rows(network, layout, plan)[REGIONS["tumor"]]
 
 
 def head_rows(network: nn.Module, layout: Layout, plan: Plan) -> list[list[tuple[int, int]]]:

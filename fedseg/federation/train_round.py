@@ -1,5 +1,7 @@
 """The training half of a round: choose sites, collect updates, guard, weigh, reduce, move."""
 
+import copy
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -10,14 +12,14 @@ import torch
 from flwr.app import Message, RecordDict
 
 from fedseg.arrays import array_bytes
-from fedseg.errors import StudyError
+from fedseg.errors import Reason, StudyError
 from fedseg.federation.collect import Inbox, Update, collect, pull_late, spooled_before
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.flat import layout_of, unflatten
 from fedseg.federation.gram import gram
-from fedseg.federation.guard import Quarantine, decide, site_of
-from fedseg.federation.history import new_line, why
+from fedseg.federation.guard import Quarantine, decide, probe, site_of
+from fedseg.federation.history import new_line, score, why
 from fedseg.federation.sites import KnownSite
 from fedseg.federation.spool import SpooledUpdate, check_room, open_update
 from fedseg.federation.strategies import next_state, train_config
@@ -55,7 +57,7 @@ def train_round(federation: Federation, number: int) -> dict[str, Any]:
     opened = {
         name: open_update(update.path, size=layout.size) for name, update in sorted(updates.items())
     }
-    _guard(federation, number, opened, entries["sites"])
+    _guard(federation, before, opened, entries["sites"])
     _warn(entries["sites"], number)
     _check_enough(federation, number, opened, entries)
     weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
@@ -145,12 +147,19 @@ def _late_updates(
 
 
 def _guard(
-    federation: Federation, number: int, opened: dict[str, SpooledUpdate], lines: dict[str, Any]
+    federation: Federation,
+    before: Mapping[str, torch.Tensor],
+    opened: dict[str, SpooledUpdate],
+    lines: dict[str, Any],
 ) -> None:
     """Leave out what the guard finds odd, and who is still on parole."""
     settings, progress = federation.study.federation, federation.progress
     if not settings.guard or not opened:
         return
+    found: Mapping[str, Reason] = {}
+    if settings.guard_probe is not None:
+        loss = functools.partial(_probe_loss, federation, before, opened)
+        found = probe(opened, loss, most=settings.guard_probe)
     decision = decide(
         gram(list(opened.values())),
         list(opened),
@@ -158,6 +167,7 @@ def _guard(
         norm_factor=settings.guard_norm,
         opposition=settings.guard_opposition,
         parole=settings.parole,
+        found=found,
     )
     progress.quarantine = decision.quarantine.to_json()
     for name, reason in decision.left_out.items():
@@ -167,6 +177,31 @@ def _guard(
     for name, verdict in decision.verdicts.items():
         if name in lines:
             lines[name]["guard"] = {"norm": verdict.norm, "cosine": verdict.cosine}
+
+
+def _probe_loss(
+    federation: Federation,
+    before: Mapping[str, torch.Tensor],
+    opened: Mapping[str, SpooledUpdate],
+    name: str | None,
+) -> float:
+    """1 - mean Dice on the server's cases of the global model, moved by one update if it is named.
+
+    Raises:
+        StudyError: The server has no cases.
+    """
+    network = copy.deepcopy(federation.network)
+    if name is not None:
+        update = opened[name]
+        change = unflatten(update.chunk(0, update.size), layout_of(before))
+        moved = {key: tensor + change[key] for key, tensor in before.items()}
+        network.load_state_dict({**network.state_dict(), **moved})
+    reached = score({"global": federation.evaluate(network).get("global", {})})
+    if reached is None:
+        raise StudyError(
+            "federation.guard-probe: the server has no cases; set data.server-dir or leave it empty"
+        )
+    return 1 - reached
 
 
 def _check_enough(

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
+from fedseg.data.plan import REGIONS
+
 __all__ = ["WEIGHTINGS"]
 
 Weighting = Callable[[Mapping[str, float]], float]
-
-_REGIONS = 2
 
 
 def cases(metrics: Mapping[str, float]) -> float:
@@ -36,7 +36,7 @@ def inverse_steps(metrics: Mapping[str, float]) -> float:
 
 def annotated(metrics: Mapping[str, float]) -> float:
     """Cases times the share of the regions that the site annotates; see also `reduce.mean`."""
-    return metrics["cases"] * metrics["annotated"] / _REGIONS
+    return metrics["cases"] * metrics["annotated"] / len(REGIONS)
 
 
 WEIGHTINGS: dict[str, Weighting] = {

@@ -150,8 +150,8 @@ class OracleServer:
         elif self.name == "fedyogi":
             self.v = self.v - 0.01 * square * np.sign(self.v - square)
         else:
-            self.v = 0.99 * self.v + 0.01 * square
-            rate *= math.sqrt(1 - 0.99 ** (number + 1)) / (1 - beta ** (number + 1))
+            self.v = 0.9 * self.v + 0.1 * square
+            rate *= math.sqrt(1 - 0.9 ** (number + 1)) / (1 - beta ** (number + 1))
         self.m = beta * self.m + (1 - beta) * change
         return np.asarray(rate * self.m / (np.sqrt(self.v) + self.built["tau"]))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Array, Message
 from safetensors.torch import load_file
 
 from fedseg.errors import StudyError
@@ -181,3 +182,53 @@ def test_sites_keep_a_personal_model_only_where_it_is_better(
 def test_too_few_sites_for_a_strategy(run_study: Run, sites: dict[int, Any]) -> None:
     with pytest.raises(StudyError, match="bulyan"):
         run_study(sites, {**ALL, "federation.strategy": "bulyan"})
+
+
+def opposite(message: Message) -> Message:
+    """Send the change with its sign turned, ten times as large."""
+    if message.metadata.message_type == "train":
+        update = message.content["update"]
+        for name in update:
+            update[name] = Array(-10 * update[name].numpy())
+    return message
+
+
+GUARDED = {**ALL, "federation.rounds": 2, "federation.parole": 2}
+
+
+def test_a_hostile_update_is_quarantined_with_its_reason(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    folder, _ = run_study(sites, GUARDED, reply={2: opposite})
+    for line in history(folder)[1:]:
+        site = line["sites"]["bonn"]
+        assert (site["status"], site["reason"]) == ("quarantined", "update-norm")
+        assert site["guard"]["norm"] > 5
+        assert site["weight"] == 0
+    # The mean is that of the other three.
+    others = {node: config for node, config in sites.items() if node != 2}
+    alone, _ = run_study(others, {**GUARDED, "federation.sites": "3"})
+    assert same(folder, alone)
+
+
+def test_without_the_guard_it_moves_the_model(run_study: Run, sites: dict[int, Any]) -> None:
+    guarded, _ = run_study(sites, GUARDED, reply={2: opposite})
+    open_, _ = run_study(sites, {**GUARDED, "federation.guard": False}, reply={2: opposite})
+    assert history(open_)[1]["sites"]["bonn"]["status"] == "ok"
+    assert not same(guarded, open_)
+
+
+def test_a_probe_needs_cases_at_the_server(
+    run_study: Run, sites: dict[int, Any], make_site: Callable[..., Path]
+) -> None:
+    with pytest.raises(StudyError, match=r"federation\.guard-probe: the server has no cases"):
+        run_study(sites, {**ALL, "federation.guard-probe": 0.5})
+    held_out = {"data.server-dir": str(make_site("held-out", cases=1, seed=9))}
+    probed, _ = run_study(sites, {**ALL, **held_out, "federation.guard-probe": 100.0})
+    assert {s["status"] for s in history(probed)[1]["sites"].values()} == {"ok"}
+    strict, _ = run_study(
+        sites,
+        {**ALL, **held_out, "federation.guard-probe": 0.0, "train.learning-rate": 1e-2},
+        reply={2: opposite},
+    )
+    assert history(strict)[1]["sites"]["bonn"]["status"] == "quarantined"
