@@ -65,10 +65,10 @@ def test_golden_loss_of_a_seeded_phantom_round(tmp_path: Path) -> None:
         steps=6,
         round_number=1,
         rounds=1,
-        on_step=lambda step, steps, loss: losses.append(loss),
+        on_step=lambda step, steps, loss: losses.append(float(loss)),
     )
     assert losses == pytest.approx(GOLDEN, rel=2e-3)
     assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
 
 
-GOLDEN = [2.23892, 2.16858, 2.20258, 2.07232, 2.03390, 2.01953]
+GOLDEN = [2.31118, 2.18444, 2.11647, 2.07298, 2.12896, 2.08955]

@@ -29,12 +29,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> bool:
     tensors = load_kept(folder, "optimizer")
     if tensors is None:
         return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition("/")
+        if int(index) >= len(parameters):
+            return False
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            # Fused kernels pair weight and moment as they lie in memory: channels last, both.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
-    whole = optimizer.state_dict()
-    if set(state) != set(range(sum(len(group["params"]) for group in whole["param_groups"]))):
+    if set(state) != set(range(len(parameters))):
         return False
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return True

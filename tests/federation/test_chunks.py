@@ -1,0 +1,53 @@
+"""Tests of walking over updates chunk by chunk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from updates import spooled
+
+from fedseg.federation.chunks import for_each_span, spans, stacks
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 100_000])
+@pytest.mark.parametrize("length", [1, 5000, 40_000, 10**9])
+def test_spans_cover_each_value_once_and_begin_at_blocks(size: int, length: int) -> None:
+    found = list(spans(size, length))
+    assert [value for span in found for value in range(*span)] == list(range(size))
+    assert all(start % 4096 == 0 for start, _ in found)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_span_is_worked_on_once(threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        counts = np.zeros(50_000, int)
+
+        def work(start: int, stop: int) -> None:
+            counts[start:stop] += 1
+
+        for_each_span(work, len(counts), length=5000)
+        assert (counts == 1).all()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_fails_in_a_thread_is_raised() -> None:
+    def work(start: int, stop: int) -> None:
+        if start:
+            raise ValueError("the file has become shorter")
+
+    with pytest.raises(ValueError, match="shorter"):
+        for_each_span(work, 50_000, length=5000)
+
+
+def test_stacks_of_all_updates(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((3, 30_001)).astype(np.float32)
+    parts, ends = [], []
+    for start, stop, stack in stacks(spooled(tmp_path, list(vectors)), values=30_000):
+        ends.append((start, stop))
+        parts.append(stack.clone())
+    assert ends[0] == (0, 8192)
+    assert ends[-1] == (24_576, 30_001)
+    np.testing.assert_array_equal(torch.cat(parts, dim=1), vectors)
