@@ -43,7 +43,7 @@ from fedseg.segmentation.training import choose_device
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "federation")]
 from attackers import ATTACKS, attacker  # noqa: E402
-from conftest import LocalGrid  # noqa: E402
+from local_grid import LocalGrid  # noqa: E402
 
 SITES = 5
 BAD = f"site-{SITES - 1}"

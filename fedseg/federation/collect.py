@@ -19,7 +19,7 @@ from fedseg.federation.flat import Layout, flatten
 from fedseg.federation.spool import open_update, spool
 from fedseg.messages import TRAIN_METRICS, Answer, read_answer
 
-__all__ = ["Collected", "Inbox", "Update", "collect", "pull_late", "spooled_before"]
+__all__ = ["Collected", "Inbox", "Update", "collect", "pull_late", "read_update", "spooled_before"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +145,13 @@ def _read(arrival: Arrival, inbox: Inbox) -> tuple[Answer, dict[str, torch.Tenso
     complete = set(answer.metrics) == set(TRAIN_METRICS) and answer.metrics["cases"] > 0
     if answer.update is None or not complete:
         return Answer(status="failed", reason=Reason.BAD_UPDATE), None
-    parts = _decoded(answer.update, inbox)
+    parts = read_update(answer.update, inbox)
     if isinstance(parts, Reason):
         return Answer(status="failed", reason=parts, bytes_up=answer.bytes_up), None
     return answer, parts
 
 
-def _decoded(record: ArrayRecord, inbox: Inbox) -> dict[str, torch.Tensor] | Reason:
+def read_update(record: ArrayRecord, inbox: Inbox) -> dict[str, torch.Tensor] | Reason:
     """Decode an update under bounds and check it alone: names, shapes, types, finite."""
     layout, size = inbox.layout, inbox.layout.size
     try:

@@ -14,9 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from conftest import SMALL, LocalGrid
 from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from local_grid import SMALL, LocalGrid
 
 from fedseg import server_app
 from fedseg.errors import FedSegError

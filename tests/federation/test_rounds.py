@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, Message
+from local_grid import LocalGrid
 from safetensors.torch import load_file
 
 from fedseg.errors import StudyError
@@ -59,8 +60,7 @@ def test_a_fraction_of_the_sites_is_drawn_anew_each_round(
 def test_a_late_update_is_recorded_and_carried_only_where_asked(
     late: str, run_study: Run, sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid_class = pytest.importorskip("conftest").LocalGrid
-    pull = grid_class.pull_messages
+    pull = LocalGrid.pull_messages
     asked: dict[str, int] = {}
 
     def slow_pull(self: Any, message_ids: Any) -> Any:
@@ -80,7 +80,7 @@ def test_a_late_update_is_recorded_and_carried_only_where_asked(
                 return []
         return pull(self, message_ids)
 
-    monkeypatch.setattr(grid_class, "pull_messages", slow_pull)
+    monkeypatch.setattr(LocalGrid, "pull_messages", slow_pull)
     config = {
         **ALL,
         "federation.rounds": 3,

@@ -17,8 +17,8 @@ from fedseg.segmentation.models import (
     check_logits,
     check_patch,
     parameter_count,
-    split_state,
 )
+from fedseg.segmentation.sharing import split_state
 
 
 def a_plan(model: str, *, width: int = 2, depth: int | None = None, patch: int = 32) -> Plan:
@@ -101,9 +101,17 @@ def test_seeded_weights_are_bit_identical_and_the_global_rng_is_left_alone(name:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_float_state_is_shared(name: str) -> None:
+@pytest.mark.parametrize("shared", ["all", "all-but-norm", "all-but-head"])
+def test_what_is_shared_and_what_stays(name: str, shared: str) -> None:
     network = build_model(a_plan(name))
-    assert list(split_state(network)[0]) == list(network.state_dict())
+    parts = split_state(network, shared)
+    assert {*parts.shared, *parts.local} == set(network.state_dict())
+    assert parts.fixed == {}
+    assert bool(parts.local) == (shared != "all")
+    if shared == "all-but-norm":
+        assert all(tensor.dim() == 1 for tensor in parts.local.values())
+    if shared == "all-but-head":
+        assert sorted(len(tensor) for tensor in parts.local.values()) == [3, 3]
 
 
 @pytest.mark.parametrize(
