@@ -159,7 +159,7 @@ def real_update(steps: int, side: int) -> torch.Tensor:
         batch_size=2,
         patch_size=plan.patch_size,
         foreground=0.67,
-        augmentation=False,
+        augmentation="none",
         rng=np.random.default_rng(0),
     )
     loss = LOSSES["dice-ce"]

@@ -107,7 +107,7 @@ def command(contender: str, point: Point, scratch: Path, nvflare: Path) -> list[
     config = (
         f'data.source="folder" data.partition="folders" data.dir="{sites}" data.server-cases=0 '
         f'model.width=16 model.depth=5 train.patch-size="{patch}" train.batch-size=2 '
-        f'train.spacing="2.5,2.5,3" train.ct-window="-150,250" train.augmentation=false '
+        f'train.spacing="2.5,2.5,3" train.ct-window="-150,250" train.augmentation="none" '
         f'train.steps-per-epoch={max(point.steps, 1)} train.optimizer-state="reset" '
         f"train.validation-fraction=0.0 federation.rounds={ROUNDS} "
         f'federation.evaluate-every={ROUNDS} federation.strategy="timed:fedavg" '

@@ -165,7 +165,11 @@ class TrainConfig(Section):
     foreground: Annotated[float, Field(ge=0, le=1)] = Field(
         0.67, description="share of patches centred on a labelled voxel, half of them on tumour"
     )
-    augmentation: bool = Field(True, description="random flips and intensity changes")
+    augmentation: Literal["none", "light", "full", "nnunet"] = Field(
+        "light",
+        description="random changes of patches: brightness, contrast, noise; full: also rotation, "
+        "scale, blur, gamma and low resolution; nnunet: with nnU-Net's probabilities and flips",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="number format of the forward pass; auto: bf16 where the device has it"
     )

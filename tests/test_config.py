@@ -69,7 +69,7 @@ def test_empty_text_means_unset(key: str) -> None:
         ("train.learning-rate", float("nan"), "train.learning-rate: got nan"),
         ("train.foreground", 1.1, "train.foreground: got 1.1; expected at most 1"),
         ("train.momentum", 1.0, "train.momentum: got 1.0; expected less than 1"),
-        ("train.augmentation", "yes", "train.augmentation: got 'yes'; expected a boolean"),
+        ("federation.guard", "yes", "federation.guard: got 'yes'; expected a boolean"),
         (
             "train.patch-size",
             "64,64",
@@ -171,6 +171,7 @@ def test_digest_covers_all_but_output() -> None:
     # These have one value only, so far, or need a second key.
     assert fixed == {
         "data.source",
+        "train.augmentation",
         "train.backend",
         "federation.compression",
         "federation.download",

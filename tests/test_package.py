@@ -57,7 +57,7 @@ def test_golden_loss_of_a_seeded_phantom_round(tmp_path: Path) -> None:
             batch_size=2,
             patch_size=plan.patch_size,
             foreground=0.67,
-            augmentation=True,
+            augmentation="light",
             rng=np.random.default_rng(0),
         ),
         dice_ce,

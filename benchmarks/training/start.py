@@ -36,7 +36,7 @@ def main() -> None:
         batch_size=2,
         patch_size=plan.patch_size,
         foreground=0.67,
-        augmentation=True,
+        augmentation="light",
         rng=np.random.default_rng(0),
     )
     fit(network, drawn, dice_ce, TrainConfig(), steps=1, round_number=1, rounds=1)

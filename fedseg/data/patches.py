@@ -98,7 +98,7 @@ def batches(
     batch_size: int,
     patch_size: Sequence[int],
     foreground: float,
-    augmentation: bool | str,
+    augmentation: str,
     rng: np.random.Generator,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     device: torch.device | None = None,
@@ -114,12 +114,11 @@ def batches(
         batch_size: Patches in each.
         patch_size: Voxels.
         foreground: Share of patches centred on a region.
-        augmentation: Name of a recipe; True is `light`, False `none`.
+        augmentation: Name of a recipe, a key of `augmentation.RECIPES`.
         rng: Decides everything.
         spacing: mm a voxel.
         device: Where patches are changed, and yielded; the CPU by default.
     """
-    name = augmentation if isinstance(augmentation, str) else "light" if augmentation else "none"
     queue: list[int] = []
     for _ in range(steps):
         images, labels = [], []
@@ -131,7 +130,7 @@ def batches(
                 rng.spawn(1)[0],
                 patch_size=patch_size,
                 foreground=foreground,
-                recipe=RECIPES[name],
+                recipe=RECIPES[augmentation],
                 spacing=spacing,
                 device=device or torch.device("cpu"),
             )

@@ -106,6 +106,8 @@ def train_at_site(
         patch_size=plan.patch_size,
         foreground=study.train.foreground,
         augmentation=study.train.augmentation,
+        spacing=plan.spacing,
+        device=device,
         rng=np.random.default_rng(seed),
     )
     first: list[torch.Tensor] = []
