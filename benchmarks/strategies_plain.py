@@ -70,7 +70,8 @@ def settings() -> list[Setting]:
     """Name, study keys, Flower's own strategy where it is to be used as it comes."""
     rows: list[Setting] = [("fedavg", {}, None), ("fedprox", {}, None)]
     for name, build in FLOWER.items():
-        rows.append((f"{name}, Flower's defaults", {"federation.strategy": name}, build))
+        other = "rate 1, momentum 0.9" if name == "fedavgm" else "Flower's defaults"
+        rows.append((f"{name}, {other}", {"federation.strategy": name}, build))
         rows.append((name, {"federation.strategy": name}, None))
     rows.append(("fednova", {}, None))
     rows.append(("qfedavg, 1 / L = learning rate", _qfedavg(2e-3), None))
