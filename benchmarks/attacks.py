@@ -7,7 +7,9 @@ The real ServerApp and ClientApp run in one process, as in the tests. The last s
 should; what it sends is then replaced (`tests/federation/attackers.py`). Each attack runs with the
 guard and without it; "without that site" is the same study with the other four. Without the guard
 the check for finite values is off as well, which no study config can do. Liver Dice is over
-held-out phantoms of the sites' kinds, scored from the last model, also where a run broke off.
+held-out phantoms of the sites' kinds, scored from the last model, also where a run broke off. A
+plain sign flip by one of five leaves three fifths of what they learn; four times the flip, which
+the limit on norms lets through, leaves nothing.
 Writes `benchmarks/results/<date>-attacks.md`.
 """
 
@@ -176,10 +178,10 @@ def main() -> None:
             f"# Attacks by one of {SITES} sites, {datetime.date.today()}",
             "",
             f"{processor()}; one process, {time.monotonic() - began:.0f} s in all; seed "
-            f"{arguments.seed}; {RECIPE['federation.rounds']} rounds; liver Dice on held-out "
-            f"phantoms: {reference.dice:.3f} without that site, {honest.dice:.3f} with it and no "
-            f"attack ({honest.honest_out + honest.bad_out} updates left out). Targets: with the "
-            f"guard at most {WITHIN:.2f} below the run without that site, and that at least "
+            f"{arguments.seed}; {(RECIPE | more)['federation.rounds']} rounds; liver Dice on "
+            f"held-out phantoms: {reference.dice:.3f} without that site, {honest.dice:.3f} with it "
+            f"and no attack ({honest.honest_out + honest.bad_out} updates left out). Targets: with "
+            f"the guard at most {WITHIN:.2f} below the run without that site, and that at least "
             f"{LEAST_DICE}; without the guard {', '.join(HARMFUL)} lose at least {HARM:.2f}.",
             "",
             "| it sends | with guard | its updates left out | honest updates left out | no guard | "

@@ -245,17 +245,17 @@ class FederationConfig(Section):
     )
     guard: bool = Field(True, description="leave out updates of odd norm or direction")
     guard_norm: Annotated[float, Field(gt=1)] = Field(
-        5.0, description="most times the median norm that an update may have"
+        10.0, description="most times the median norm that an update may have"
     )
     guard_opposition: float = Field(
-        1.0,
+        1.5,
         ge=0,
         description="rounds of opposition to the others' direction that are too many; 0: off",
     )
     guard_probe: float | None = Field(
         None, ge=0, description="share by which one update may raise the loss on the server's cases"
     )
-    parole: int = Field(2, ge=1, description="rounds that a guarded site's updates stay out")
+    parole: int = Field(2, ge=1, description="good updates in a row that stay out after a bad one")
     compression: Literal["none", "fp16", "int8", "int4", "top-k"] = Field(
         "none", description="of updates"
     )

@@ -185,11 +185,11 @@ def test_too_few_sites_for_a_strategy(run_study: Run, sites: dict[int, Any]) -> 
 
 
 def opposite(message: Message) -> Message:
-    """Send the change with its sign turned, ten times as large."""
+    """Send the change with its sign turned, a hundred times as large."""
     if message.metadata.message_type == "train":
         update = message.content["update"]
         for name in update:
-            update[name] = Array(-10 * update[name].numpy())
+            update[name] = Array(-100 * update[name].numpy())
     return message
 
 
@@ -203,7 +203,7 @@ def test_a_hostile_update_is_quarantined_with_its_reason(
     for line in history(folder)[1:]:
         site = line["sites"]["bonn"]
         assert (site["status"], site["reason"]) == ("quarantined", "update-norm")
-        assert site["guard"]["norm"] > 5
+        assert site["guard"]["norm"] > 10
         assert site["weight"] == 0
     # The mean is that of the other three.
     others = {node: config for node, config in sites.items() if node != 2}
