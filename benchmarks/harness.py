@@ -22,25 +22,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(options: str, scratch: Path, *, sites: int = 3) -> tuple[float, list[dict]]:
-    """Run the study; return seconds from `flwr run` to its end, and the history."""
-    ports = (str(free_port()), str(free_port()))
-    env = {
+def own_place(folder: Path, ports: tuple[str, str]) -> dict[str, str]:
+    """Environment in which `flwr run` leaves everything in a folder and listens on own ports."""
+    return {
         **os.environ,
-        "FLWR_HOME": str(scratch / "flwr"),
-        "FEDSEG_HOME": str(scratch / "fedseg"),
+        "FLWR_HOME": str(folder / "flwr"),
+        "FEDSEG_HOME": str(folder / "fedseg"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
         "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
+
+
+def run(options: str, scratch: Path, *, sites: int = 3) -> tuple[float, list[dict]]:
+    """Run the study; return seconds from `flwr run` to its end, and the history."""
+    ports = (str(free_port()), str(free_port()))
     command = ["flwr", "run", str(ROOT), "--stream"]
     command += ["--federation-config", f"num-supernodes={sites}"]
     command += ["-c", f'output.dir="{scratch / "runs"}" {options}']
     began = time.monotonic()
     try:
-        subprocess.run(command, env=env, cwd=scratch, check=True)
+        subprocess.run(command, env=own_place(scratch, ports), cwd=scratch, check=True)
         seconds = time.monotonic() - began
         manifest = json.loads((scratch / "runs" / "latest" / "manifest.json").read_text())
         assert manifest["status"] == "completed", manifest

@@ -29,7 +29,15 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from harness import ROOT, free_port, processor, rival_venv, stop_superlink, write_result
+from harness import (
+    ROOT,
+    free_port,
+    own_place,
+    processor,
+    rival_venv,
+    stop_superlink,
+    write_result,
+)
 
 from fedseg.data.phantom import KINDS, write_phantom_site
 
@@ -122,7 +130,7 @@ def measure(contender: str, point: Point, scratch: Path, nvflare: Path) -> Run:
     ports = (str(free_port()), str(free_port()))
     mark, stamps = uuid.uuid4().hex, work / "stamps"
     env = {
-        **os.environ,
+        **own_place(work, ports),
         "OVERHEAD_MARK": mark,
         "OVERHEAD_STAMPS": str(stamps),
         "OVERHEAD_PATCHES": str(scratch / f"patches-{point.side}"),
@@ -132,12 +140,6 @@ def measure(contender: str, point: Point, scratch: Path, nvflare: Path) -> Run:
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(HERE),
         "FEDSEG_HOME": str(scratch / "fedseg"),
-        "FLWR_HOME": str(work / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
-        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     if contender == "nvflare":  # all its sites run at once; Ray limits Flower's alike
         env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // point.sites))

@@ -71,12 +71,21 @@ class Clock:
 
 def with_fedseg(network: nn.Module, plan: Plan, scan: Path, out: Path) -> Laps:
     """What `fedseg predict` does to one scan."""
+    return between_our_own(
+        plan, scan, out, lambda prepared: predict_logits(network, prepared.image, plan, device=CPU)
+    )
+
+
+def between_our_own(
+    plan: Plan, scan: Path, out: Path, windows: Callable[[Prepared], torch.Tensor]
+) -> Laps:
+    """Windows of some kind between FedSeg's own reading, resampling and writing."""
     clock = Clock()
     volume = read_image(scan)
     clock.lap("read")
     prepared = prepare(volume, plan)
     clock.lap("prepare")
-    logits = predict_logits(network, prepared.image, plan, device=CPU)
+    logits = windows(prepared)
     clock.lap("windows")
     labels = restore(logits, prepared.placement)
     clock.lap("restore")
@@ -141,18 +150,7 @@ def plain_windows(
 
 def with_exhaustive(network: nn.Module, plan: Plan, scan: Path, out: Path) -> Laps:
     """Exhaustive windows between FedSeg's own reading, resampling and writing."""
-    clock = Clock()
-    volume = read_image(scan)
-    clock.lap("read")
-    prepared = prepare(volume, plan)
-    clock.lap("prepare")
-    logits = exhaustive(network, prepared, plan)
-    clock.lap("windows")
-    labels = restore(logits, prepared.placement)
-    clock.lap("restore")
-    write_mask(out, labels, volume)
-    clock.lap("write")
-    return clock.laps
+    return between_our_own(plan, scan, out, lambda prepared: exhaustive(network, prepared, plan))
 
 
 def native(plan: Plan, scan: Path) -> Plan:

@@ -248,6 +248,6 @@ def _network(
     except (KeyError, ValueError) as error:
         raise SiteError(Reason.MODEL, f"the server's weights don't fit: {error}") from None
     shared = {name: t.to(state.shared[name].dtype) for name, t in arrived.items()}
-    local = local_layers(network, plan, study, kept)
+    local = local_layers(state.local, plan, study, kept)
     network.load_state_dict({**shared, **local, **fixed})
     return network, shared

@@ -24,6 +24,7 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "FINGERPRINT",
+    "LATE",
     "PERSONAL",
     "TRAIN_METRICS",
     "Answer",
@@ -158,6 +159,10 @@ class Answer:
     metrics: Mapping[str, float] = field(default_factory=dict)
     update: ArrayRecord | None = None
     bytes_up: int = 0
+
+
+LATE = Answer(status="late", reason=Reason.DEADLINE)
+"""What came of a site that didn't answer in time."""
 
 
 def stored_study(message: Message) -> str | None:

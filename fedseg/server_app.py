@@ -20,13 +20,12 @@ from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
 from fedseg.data.fingerprint import shared_scans
 from fedseg.data.held_out import server_cases
-from fedseg.data.plan import REGIONS, Plan
+from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
 from fedseg.errors import FedSegError, ModelError, StudyError
 from fedseg.federation.federation import Federation, ServerEvaluation, Summary
 from fedseg.federation.fingerprints import collect_fingerprints
-from fedseg.federation.flat import layout_of
-from fedseg.federation.head import head_rows
+from fedseg.federation.head import tumor_rows
 from fedseg.federation.history import check_monitor
 from fedseg.federation.reduce import reducer_of
 from fedseg.federation.resume import resume
@@ -48,7 +47,6 @@ from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.metrics import summarise
 from fedseg.segmentation.model_file import read_model_file, sha256_of
 from fedseg.segmentation.models import build_model, check_logits, check_patch, parameter_count
-from fedseg.segmentation.sharing import split_state
 from fedseg.segmentation.training import choose_device, set_threads
 
 __all__ = ["app", "run_study"]
@@ -163,10 +161,6 @@ def _federation(
     strategy: Strategy,
     folder: RunFolder,
 ) -> Federation:
-    rows: list[tuple[int, int]] = []
-    if study.federation.weighting == "annotated":
-        layout = layout_of(split_state(network, study.federation.shared).shared)
-        rows = head_rows(network, layout, plan)[REGIONS["tumor"]]
     return Federation(
         grid=grid,
         study=study,
@@ -174,7 +168,7 @@ def _federation(
         sites=sites,
         network=network,
         strategy=strategy,
-        reduce=reducer_of(study, tumor_rows=rows),
+        reduce=reducer_of(study, tumor_rows=tumor_rows(study, network, plan)),
         folder=folder,
         evaluate=_server_evaluation(study, plan, all(site.simulated for site in sites)),
     )

@@ -6,7 +6,6 @@ state in it: all randomness derives from (seed, site, round).
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fedseg.errors import StudyError
+from fedseg.segmentation.tensor_file import write_tensors
 
 __all__ = ["Checkpoint", "Progress", "load_checkpoint", "save_checkpoint"]
 
 _FORMAT = "fedseg-checkpoint-1"
+_FILE = "state.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -67,21 +67,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """
     parts = {"model": checkpoint.model, "strategy": checkpoint.strategy}
     tensors = {
-        f"{part}/{name}": tensor.detach().cpu().contiguous()
-        for part, state in parts.items()
-        for name, tensor in state.items()
+        f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()
     }
     metadata = {"format": _FORMAT, "progress": json.dumps(asdict(checkpoint.progress))}
-    path = folder / "state.safetensors"
-    partial = folder / "state.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_tensors(folder / _FILE, tensors, metadata=metadata, durable=True)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise StudyError(
             f"{folder}: the checkpoint can't be written ({error}); the last one is whole: free "
             "space, then go on with output.resume"
@@ -94,7 +86,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         StudyError: There is none, or it can't be read.
     """
-    path = folder / "state.safetensors"
+    path = folder / _FILE
     tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "strategy": {}}
     try:
         with safe_open(path, framework="pt") as file:

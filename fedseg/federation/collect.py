@@ -1,7 +1,6 @@
 """Collect a round's updates: each is decoded under bounds, checked alone and spooled as it came."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,21 @@ from flwr.serverapp import Grid
 from fedseg.arrays import arrays_to_state
 from fedseg.errors import Reason
 from fedseg.federation.compression import Scheme, check_parts, finite_and_norm
-from fedseg.federation.exchange import Arrival, exchange
+from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.flat import Layout, flatten
 from fedseg.federation.spool import open_update, spool
-from fedseg.messages import TRAIN_METRICS, Answer, read_answer
+from fedseg.messages import TRAIN_METRICS, Answer
 
-__all__ = ["Collected", "Inbox", "Update", "collect", "pull_late", "read_update", "spooled_before"]
+__all__ = [
+    "Collected",
+    "Inbox",
+    "Update",
+    "collect",
+    "pull_late",
+    "read_update",
+    "site_line",
+    "spooled_before",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,34 +120,35 @@ def spooled_before(folder: Path, *, size: int) -> Collected:
     return found
 
 
-def _take(arrival: Arrival, name: str, inbox: Inbox) -> tuple[dict[str, Any], Update | None]:
-    """Judge one reply alone; spool its update if it is good."""
-    answer, parts = _read(arrival, inbox)
-    line = {
+def site_line(answer: Answer, *, seconds: float = 0.0) -> dict[str, Any]:
+    """Make a site's entry in a line of the history."""
+    return {
         "status": answer.status,
         "reason": answer.reason.value if answer.reason else None,
         **({"detail": answer.detail} if answer.detail else {}),
         "weight": 0.0,
-        "seconds": round(arrival.seconds, 3),
+        "seconds": round(seconds, 3),
         "bytes_up": answer.bytes_up,
         "training": dict(answer.metrics),
         "metrics": {},
     }
+
+
+def _take(arrival: Arrival, name: str, inbox: Inbox) -> tuple[dict[str, Any], Update | None]:
+    """Judge one reply alone; spool its update if it is good."""
+    answer, parts = _read(arrival, inbox)
+    line = site_line(answer, seconds=arrival.seconds)
     if parts is None:
         return line, None
     # The note goes first: an update counts as spooled once its own file has its name.
     inbox.folder.mkdir(parents=True, exist_ok=True)
-    note = inbox.folder / f"{name}.json"
-    note.with_suffix(".partial").write_text(json.dumps(line), encoding="utf-8")
-    os.replace(note.with_suffix(".partial"), note)
+    (inbox.folder / f"{name}.json").write_text(json.dumps(line), encoding="utf-8")
     path = spool(inbox.folder, name, parts, scheme=inbox.scheme)
     return line, Update(path=path, metrics=answer.metrics)
 
 
 def _read(arrival: Arrival, inbox: Inbox) -> tuple[Answer, dict[str, torch.Tensor] | None]:
-    if arrival.message is None:
-        return Answer(status="late", reason=Reason.DEADLINE), None
-    answer = read_answer(arrival.message, declared=TRAIN_METRICS)
+    answer = read_arrival(arrival, declared=TRAIN_METRICS)
     if answer.status != "ok":
         return answer, None
     complete = set(answer.metrics) == set(TRAIN_METRICS) and answer.metrics["cases"] > 0

@@ -5,13 +5,15 @@ of sites; `pull_messages` with many ids inflates everything that is ready. One i
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-__all__ = ["Arrival", "exchange", "poll_pause"]
+from fedseg.messages import LATE, Answer, read_answer
+
+__all__ = ["Arrival", "exchange", "poll_pause", "read_arrival"]
 
 _SHORTEST, _LONGEST, _SHARE = 0.1, 1.0, 0.02
 
@@ -31,6 +33,18 @@ class Arrival:
     message: Message | None
     seconds: float
     message_id: str = ""
+
+
+def read_arrival(arrival: Arrival, *, declared: Collection[str]) -> Answer:
+    """Unpack an arrival; one that is late is an answer, too.
+
+    Args:
+        arrival: The reply, or its absence.
+        declared: Keys the numbers may have.
+    """
+    if arrival.message is None:
+        return LATE
+    return read_answer(arrival.message, declared=declared)
 
 
 def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) -> Iterator[Arrival]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from fedseg.errors import REASONS, Reason
 from fedseg.federation.checkpoints import Checkpoint, save_checkpoint
-from fedseg.federation.exchange import Arrival, exchange
+from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.history import headline, new_line, score
 from fedseg.federation.strategies import strategy_state
 from fedseg.federation.train_round import train_round
-from fedseg.messages import PERSONAL, Answer, read_answer
+from fedseg.messages import PERSONAL, Answer
 from fedseg.segmentation.metrics import add, empty_sums, summarise
 from fedseg.segmentation.model_file import save_model
 
@@ -94,10 +94,7 @@ def _answers(
     arrivals: Iterable[Arrival], *, declared: Collection[str]
 ) -> Iterator[tuple[str, Answer]]:
     for arrival in arrivals:
-        answer = Answer(status="late", reason=Reason.DEADLINE)
-        if arrival.message is not None:
-            answer = read_answer(arrival.message, declared=declared)
-        yield arrival.site, answer
+        yield arrival.site, read_arrival(arrival, declared=declared)
 
 
 def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:

@@ -72,16 +72,18 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file atomically."""
-        temporary = self.path / f".{name}"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        self._write(name, json.dumps(content, indent=2) + "\n")
 
     def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Make `history.jsonl` hold just these lines, atomically."""
-        temporary = self.path / ".history.jsonl"
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        self._write(
+            "history.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        )
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}"
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / "history.jsonl")
+        os.replace(temporary, self.path / name)
 
     def append_history(self, line: Mapping[str, Any]) -> None:
         """Add one round to `history.jsonl`; on disk when this returns."""

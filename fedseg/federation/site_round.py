@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -54,10 +54,9 @@ def kept_folder(site: Site, study_run: str, round_number: int) -> Path:
 
 
 def local_layers(
-    network: nn.Module, plan: Plan, study: StudyConfig, kept: Path
+    names: Collection[str], plan: Plan, study: StudyConfig, kept: Path
 ) -> dict[str, torch.Tensor]:
     """Layers that aren't shared: as the site kept them, else as every site began."""
-    names = split_state(network, study.federation.shared).local
     if not names:
         return {}
     found = load_kept(kept, "local")

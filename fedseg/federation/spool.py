@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from fedseg.errors import StudyError
 from fedseg.federation.codecs import Parts
 from fedseg.federation.compression import Scheme, decode, indexed, make_scheme
+from fedseg.segmentation.tensor_file import write_tensors
 
 __all__ = ["SpooledUpdate", "StoredArray", "check_room", "open_update", "spool"]
 
@@ -86,14 +86,11 @@ def spool(folder: Path, site: str, parts: Mapping[str, torch.Tensor], *, scheme:
         StudyError: The disk is full or can't be written; what was spooled before is still there.
     """
     path = folder / f"{site}.safetensors"
-    partial = folder / f"{site}.partial"
     notes = {"scheme": scheme.name, "top-k": repr(scheme.top_k)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in parts.items()}, partial, metadata=notes)
-        partial.replace(path)
+        write_tensors(path, parts, metadata=notes)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise StudyError(
             f"{folder}: an update can't be written ({error}); free space, then go on with "
             "output.resume"

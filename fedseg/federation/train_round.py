@@ -13,7 +13,14 @@ from flwr.app import Message, RecordDict
 
 from fedseg.arrays import array_bytes
 from fedseg.errors import Reason, StudyError
-from fedseg.federation.collect import Inbox, Update, collect, pull_late, spooled_before
+from fedseg.federation.collect import (
+    Inbox,
+    Update,
+    collect,
+    pull_late,
+    site_line,
+    spooled_before,
+)
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.flat import layout_of, unflatten
@@ -24,7 +31,7 @@ from fedseg.federation.sites import KnownSite
 from fedseg.federation.spool import SpooledUpdate, check_room, open_update
 from fedseg.federation.strategies import next_state, train_config
 from fedseg.federation.weighting import WEIGHTINGS
-from fedseg.messages import ARRAYS
+from fedseg.messages import ARRAYS, LATE
 from fedseg.registry import resolve
 
 __all__ = ["train_round"]
@@ -128,8 +135,7 @@ def _late_updates(
         age = number - asked
         found = pull_late(federation.grid, name, message_id, inbox, age=age)
         if found is None and age <= _FORGET_AFTER:
-            reason = {"status": "late", "reason": "deadline", "weight": 0.0, "seconds": 0.0}
-            entries["sites"][name] = {**reason, "bytes_up": 0, "training": {}, "metrics": {}}
+            entries["sites"][name] = site_line(LATE)
             continue
         del late[name]
         if found is None:

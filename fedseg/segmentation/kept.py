@@ -4,14 +4,15 @@ A round starts from exactly what round N - 1 left, never from process state; tha
 killed run go on with the same numbers. So the last two rounds stay.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from fedseg.segmentation.tensor_file import write_tensors
 
 __all__ = ["load_kept", "save_kept"]
 
@@ -24,9 +25,7 @@ def save_kept(folder: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> N
     """Write tensors atomically into `folder`, a `<study-run>/<site>/round-N`; drop old rounds."""
     new_run = not folder.parent.parent.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{os.getpid()}-{name}.safetensors"
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
-    os.replace(temporary, folder / f"{name}.safetensors")
+    write_tensors(folder / f"{name}.safetensors", tensors)
     for old in sorted(folder.parent.glob("round-*"), key=_number)[:-_ROUNDS]:
         shutil.rmtree(old, ignore_errors=True)
     if new_run:

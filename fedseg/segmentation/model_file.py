@@ -1,19 +1,18 @@
 """Model files: weights in safetensors whose metadata says how to rebuild network and plan."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from fedseg.data.plan import Plan
 from fedseg.errors import FedSegError, ModelError
 from fedseg.registry import is_custom
 from fedseg.segmentation.models import build_model
+from fedseg.segmentation.tensor_file import write_tensors
 
 __all__ = ["load_model", "read_model_file", "save_model", "sha256_of"]
 
@@ -30,13 +29,7 @@ def save_model(path: Path, state: Mapping[str, torch.Tensor], plan: Plan, **note
         **notes: More metadata, text only (study run, round).
     """
     metadata = {"format": _FORMAT, "plan": plan.to_json(), **notes}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, state, metadata=metadata)
 
 
 def read_model_file(path: Path) -> tuple[dict[str, torch.Tensor], Plan, dict[str, str]]:

@@ -20,17 +20,23 @@ from local_grid import SMALL, LocalGrid
 
 from fedseg import server_app
 from fedseg.errors import FedSegError
-from fedseg.federation import checkpoints, collect, rounds, train_round
+from fedseg.federation import collect, rounds, train_round
+from fedseg.segmentation import tensor_file
 
-# Stage of round 2 of a run with three sites: a function, killed before or after its n-th call.
+# Stage of round 2 of a run with three sites: a function, killed before or after its n-th call (of
+# `save_file`, which sites and spool call as well: that for the checkpoint).
 STAGES: dict[str, tuple[Any, str, str, int]] = {
     "before-send": (train_round, "collect", "before", 2),
     "while-collecting": (collect, "spool", "after", 4),
     "while-aggregating": (train_round, "next_state", "before", 2),
     "before-saving": (rounds, "save_checkpoint", "before", 3),
-    "while-saving": (checkpoints, "save_file", "after", 3),
+    "while-saving": (tensor_file, "save_file", "after", 3),
     "after-saving": (rounds, "save_checkpoint", "after", 3),
 }
+
+
+def is_checkpoint(path: Path) -> bool:
+    return "state.safetensors" in path.name
 
 
 def die(*, module: Any, name: str, when: str, call: int) -> None:
@@ -39,7 +45,7 @@ def die(*, module: Any, name: str, when: str, call: int) -> None:
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls += name != "save_file" or is_checkpoint(args[1])
         if calls == call and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*args, **kwargs)
@@ -53,16 +59,16 @@ def die(*, module: Any, name: str, when: str, call: int) -> None:
 def fill_disk(*, at_save: int, limit: int) -> None:
     """From the n-th checkpoint on no file may grow past a limit, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    real, calls = checkpoints.save_file, 0
+    real, calls = tensor_file.save_file, 0
 
     def limited(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
-        calls += 1
+        calls += is_checkpoint(args[1])
         if calls == at_save:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         real(*args, **kwargs)
 
-    checkpoints.save_file = limited
+    tensor_file.save_file = limited
 
 
 def main() -> None:
