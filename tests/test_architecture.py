@@ -25,6 +25,7 @@ LAYERS = (
     ("segmentation",),
     ("federation",),
     ("report",),
+    ("commands",),
     ("client_app", "server_app", "cli"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
