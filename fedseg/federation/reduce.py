@@ -13,7 +13,7 @@ from fedseg.federation.mean import Override, combined, fair_factors, step_factor
 from fedseg.federation.robust import bulyan, median, multikrum, trimmed_mean
 from fedseg.federation.spool import SpooledUpdate
 
-__all__ = ["REDUCERS", "Reducer", "reducer_of"]
+__all__ = ["REDUCERS", "Reducer", "averages_steps", "reducer_of"]
 
 Updates = Sequence[SpooledUpdate]
 Weights = Sequence[float]
@@ -136,3 +136,10 @@ def reducer_of(study: StudyConfig, *, tumor_rows: Rows = ()) -> Reducer:
         build = fednova
     rows = tumor_rows if study.federation.weighting == "annotated" else ()
     return build(study, rows)
+
+
+def averages_steps(study: StudyConfig) -> bool:
+    """Whether sites count by their mean step, so that those with more steps may move further."""
+    settings = study.federation
+    by_time = study.train.minutes is not None and REDUCERS.get(settings.strategy, mean) is mean
+    return settings.strategy == "fednova" or settings.weighting == "inverse-steps" or by_time

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from fedseg.errors import REASONS, Reason
+from fedseg.errors import REASONS, Reason, StudyError
 from fedseg.federation.checkpoints import Checkpoint, save_checkpoint
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation, messages_to
@@ -47,7 +47,23 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
 
 
 def _keep(federation: Federation, line: dict[str, Any]) -> None:
-    """Write models, checkpoint and history of a whole round; then its updates may go."""
+    """Write models, checkpoint and history of a whole round; then its updates may go.
+
+    Raises:
+        StudyError: The disk is full or the folder can't be written.
+    """
+    folder = federation.folder.path
+    try:
+        _write(federation, line)
+    except OSError as error:
+        raise StudyError(
+            f"{folder}: round {line['round']} can't be saved ({error.strerror or error}); free "
+            f"space, then go on with output.resume='{folder.name}'"
+        ) from None
+    shutil.rmtree(folder / "checkpoint" / "spool", ignore_errors=True)
+
+
+def _write(federation: Federation, line: dict[str, Any]) -> None:
     progress, folder = federation.progress, federation.folder
     state = federation.network.state_dict()
     notes = {"run": folder.run_id, "round": str(line["round"])}
@@ -63,13 +79,14 @@ def _keep(federation: Federation, line: dict[str, Any]) -> None:
     checkpoint = Checkpoint(model=state, strategy=kept, progress=progress)
     save_checkpoint(folder.path / "checkpoint", checkpoint)
     folder.append_history(line)
-    shutil.rmtree(folder.path / "checkpoint" / "spool", ignore_errors=True)
 
 
 def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -> None:
     """Score the moved model at the sites and, meanwhile, at the server."""
     arrivals = _ask(federation, number)
-    line.update(federation.evaluate(federation.network))
+    # Sites go by the same rule: surface distances cost a lot of the time of an evaluation.
+    last = number == federation.study.federation.rounds
+    line.update(federation.evaluate(federation.network, distances=last))
     parts = []
     for name, answer in _answers(arrivals, declared=tuple(empty_sums())):
         if answer.status == "ok":

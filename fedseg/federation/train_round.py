@@ -25,11 +25,12 @@ from fedseg.federation.compression import scheme_of
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.flat import layout_of, unflatten
 from fedseg.federation.gram import gram
-from fedseg.federation.guard import Quarantine, decide, probe, site_of
+from fedseg.federation.guard import Quarantine, decide, probe
 from fedseg.federation.history import new_line, score, why
+from fedseg.federation.reduce import averages_steps
 from fedseg.federation.sites import KnownSite
 from fedseg.federation.spool import SpooledUpdate, check_room, open_update
-from fedseg.federation.strategies import next_state, train_config
+from fedseg.federation.strategies import least_sites, next_state, train_config
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.messages import ARRAYS, LATE
 from fedseg.registry import resolve
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _DRAW = 17
 """Keeps the draw of sites apart from other uses of the seed."""
+
+_BAD = (Reason.BAD_UPDATE.value, Reason.NOT_FINITE.value)
 
 _FORGET_AFTER = 2
 """Rounds after which a site that hasn't answered is asked again."""
@@ -64,7 +67,7 @@ def train_round(federation: Federation, number: int) -> dict[str, Any]:
     opened = {
         name: open_update(update.path, size=layout.size) for name, update in sorted(updates.items())
     }
-    _guard(federation, before, opened, entries["sites"])
+    _guard(federation, before, opened, updates, entries)
     _warn(entries["sites"], number)
     _check_enough(federation, number, opened, entries)
     weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
@@ -156,18 +159,30 @@ def _guard(
     federation: Federation,
     before: Mapping[str, torch.Tensor],
     opened: dict[str, SpooledUpdate],
-    lines: dict[str, Any],
+    updates: Mapping[str, Update],
+    entries: dict[str, Any],
 ) -> None:
     """Leave out what the guard finds odd, and who is still on parole."""
     settings, progress = federation.study.federation, federation.progress
+    lines = entries["sites"]
     if not settings.guard or not opened:
         return
-    found: Mapping[str, Reason] = {}
+    # What came and could not even be read is as bad as an odd update.
+    found = {
+        name: Reason(line["reason"])
+        for name, line in lines.items()
+        if line["reason"] in _BAD and line["bytes_up"]
+    }
     if settings.guard_probe is not None:
         loss = functools.partial(_probe_loss, federation, before, opened)
-        found = probe(opened, loss, most=settings.guard_probe)
+        found |= probe(opened, loss, most=settings.guard_probe)
+    products = gram(list(opened.values()))
+    if averages_steps(federation.study):
+        # Sites that take more steps move further: what is averaged is the mean step.
+        steps = torch.tensor([updates[name].metrics["steps"] for name in opened]).double()
+        products = products / torch.outer(steps, steps)
     decision = decide(
-        gram(list(opened.values())),
+        products,
         list(opened),
         Quarantine.from_json(progress.quarantine),
         norm_factor=settings.guard_norm,
@@ -178,8 +193,11 @@ def _guard(
     progress.quarantine = decision.quarantine.to_json()
     for name, reason in decision.left_out.items():
         del opened[name]
-        line = lines.setdefault(site_of(name), {})
-        line.update(status="quarantined", reason=reason.value)
+        if name in lines:
+            lines[name].update(status="quarantined", reason=reason.value)
+        for record in entries["late"]:
+            if name.startswith(f"{record['site']}@"):
+                record.update(status="quarantined", used=False)
     for name, verdict in decision.verdicts.items():
         if name in lines:
             lines[name]["guard"] = {"norm": verdict.norm, "cosine": verdict.cosine}
@@ -216,15 +234,17 @@ def _check_enough(
     opened: Mapping[str, SpooledUpdate],
     entries: dict[str, Any],
 ) -> None:
-    wanted = federation.study.federation.min_sites
+    needed = least_sites(federation.study)
+    wanted = max(federation.study.federation.min_sites, needed)
     if len(opened) >= wanted:
         return
+    why_so_many = "federation.strategy" if wanted == needed else "federation.min-sites"
     line = new_line(number, entries)
     federation.folder.append_history(line)
     reasons = "; ".join(f"{name}: {why(site)}" for name, site in line["sites"].items())
     raise StudyError(
         f"round {number}: got {len(opened)} good updates; expected at least {wanted} "
-        f"(federation.min-sites); {reasons}"
+        f"({why_so_many}); {reasons}"
     )
 
 

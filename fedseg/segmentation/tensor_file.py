@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 __all__ = ["write_tensors"]
@@ -27,7 +28,6 @@ def write_tensors(
 
     Raises:
         OSError: It can't be written.
-        SafetensorError: The same, where safetensors finds it out.
     """
     partial = path.with_name(f".{os.getpid()}-{path.name}.partial")
     try:
@@ -37,5 +37,7 @@ def write_tensors(
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     finally:
         partial.unlink(missing_ok=True)

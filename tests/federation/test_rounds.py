@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attackers import attacker
 from flwr.app import Array, Message
 from local_grid import LocalGrid
 from safetensors.torch import load_file
@@ -232,3 +233,58 @@ def test_a_probe_needs_cases_at_the_server(
         reply={2: opposite},
     )
     assert history(strict)[1]["sites"]["bonn"]["status"] == "quarantined"
+
+
+def test_a_site_that_sent_no_numbers_is_on_parole(run_study: Run, sites: dict[int, Any]) -> None:
+    broken = attacker("NaN")
+    trained: list[Message] = []
+
+    def once(message: Message) -> Message:
+        """NaN in the first round, good updates in the others."""
+        if message.metadata.message_type == "train":
+            trained.append(message)
+            return broken(message) if len(trained) == 1 else message
+        return message
+
+    config = {**ALL, "federation.rounds": 4, "federation.parole": 2}
+    folder, _ = run_study(sites, config, reply={2: once})
+    found = [
+        (line["sites"]["bonn"]["status"], line["sites"]["bonn"]["reason"])
+        for line in history(folder)[1:]
+    ]
+    assert found[0] == ("failed", "not-finite")
+    assert found[1][0] == "quarantined"
+    assert found[-1] == ("ok", None)
+
+
+def test_a_site_with_many_more_steps_is_no_outlier_where_its_mean_step_counts(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    """An update forty times as long in forty times the steps is as good as the others."""
+
+    def many_steps(message: Message) -> Message:
+        if "update" not in message.content.array_records:
+            return message
+        update = message.content.array_records["update"]
+        for name, array in list(update.items()):
+            update[name] = Array(40 * array.numpy())
+        message.content.metric_records["metrics"]["steps"] *= 40
+        return message
+
+    def status(strategy: str) -> str:
+        config = {**ALL, "federation.rounds": 1, "federation.strategy": strategy}
+        folder, _ = run_study(sites, config, reply={2: many_steps})
+        return str(history(folder)[1]["sites"]["bonn"]["status"])
+
+    assert status("fedavg") == "quarantined"
+    assert status("fednova") == "ok"
+
+
+def test_a_strategy_does_not_go_below_its_least_sites_in_a_round(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    """Krum chosen for a bad site among five has nothing to choose from when four are left."""
+    config = {**ALL, "federation.strategy": "fedtrimmedavg", "federation.trim": 0.25}
+    config |= {"federation.rounds": 1, "federation.min-sites": 2}
+    with pytest.raises(StudyError, match=r"expected at least 4 \(federation.strategy\)"):
+        run_study(sites, config, reply={2: attacker("NaN")})
