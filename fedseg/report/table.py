@@ -1,4 +1,4 @@
-"""The result table of a run: region x metric, for the server's cases and each site."""
+"""Tables of metrics as text: of a run's last round, of a folder's scores, of two models."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,52 @@ from rich.console import Console
 from rich.table import Table
 
 from fedseg.data.plan import REGIONS
+from fedseg.segmentation.intervals import Difference, Interval
+from fedseg.segmentation.lesions import BANDS
 from fedseg.segmentation.metrics import METRICS
 
-__all__ = ["metric_table", "result_table"]
+__all__ = [
+    "cell",
+    "difference_table",
+    "drawn",
+    "ends",
+    "headed",
+    "lesion_table",
+    "metric_table",
+    "result_table",
+    "scores_table",
+]
 
 Summary = Mapping[str, float | int | None]
 
+_UNITS = {
+    "hd95": ("HD95, mm", 2),
+    "assd": ("ASSD, mm", 2),
+    "nsd": ("NSD", 3),
+    "volume_ml": ("volume, mL", 1),
+    "volume_error_ml": ("volume error, mL", 1),
+    "volume_abs_error_ml": ("volume error, absolute, mL", 1),
+    "lesion_f1": ("lesion F1", 3),
+    "lesions_false_per_scan": ("false lesions a scan", 2),
+}
+"""Metric to how it is written, and its decimals; any other is a score from 0 to 1."""
 
-def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = 120) -> str:
+_SHOWN = {
+    "liver": ("dice", "precision", "recall", "volume_similarity", "hd95", "nsd"),
+    "tumor": (
+        *("dice", "precision", "recall", "volume_similarity", "hd95", "nsd"),
+        *("lesion_f1", "lesion_precision", "lesion_recall", "lesions_false_per_scan"),
+    ),
+}
+"""Rows of a round's table; a row that wasn't measured is left out."""
+
+_SIDE_BY_SIDE = 8
+"""Columns that fit beside each other; a federation of more sites gets another table below."""
+
+_WIDTH = 120
+
+
+def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = _WIDTH) -> str:
     """Draw region x metric with one column for each set of cases, as text.
 
     Args:
@@ -23,37 +61,143 @@ def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = 120
         columns: Name of a set of cases to its summary (see `metrics.summarise`).
         width: Characters.
     """
-    text = io.StringIO()
     names = list(columns)
+    parts = []
     for start in range(0, max(len(names), 1), _SIDE_BY_SIDE):
         shown = {name: columns[name] for name in names[start : start + _SIDE_BY_SIDE]}
-        table = _table(title if start == 0 else "", shown)
-        Console(file=text, width=width).print(table)
+        parts.append(drawn(_metric_part(title if start == 0 else "", shown), width))
+    return "".join(parts)
+
+
+def drawn(table: Table, width: int = _WIDTH) -> str:
+    """Draw a table as text of so many characters a line."""
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
     return text.getvalue()
 
 
-_SIDE_BY_SIDE = 8
-"""Columns that fit beside each other; a federation of more sites gets another table below."""
-
-
-def _table(title: str, columns: Mapping[str, Summary]) -> Table:
+def headed(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """Make an empty table; columns on the right hold numbers."""
     table = Table(title=title or None, title_justify="left")
-    table.add_column("region")
-    table.add_column("metric")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for region in REGIONS:
-        for metric in METRICS:
-            cells = [_cell(summary, f"{region}.{metric}") for summary in columns.values()]
-            table.add_row(region, metric.replace("_", " "), *cells)
+    for head in left:
+        table.add_column(head)
+    for head in right:
+        table.add_column(head, justify="right")
+    return table
+
+
+def _metric_part(title: str, columns: Mapping[str, Summary]) -> Table:
+    table = headed(title, ("region", "metric"), list(columns))
+    for region, metrics in _SHOWN.items():
+        for metric in metrics:
+            key = f"{region}.{metric}"
+            if metric in ("hd95", "nsd") and not any(key in part for part in columns.values()):
+                continue
+            cells = [cell(summary.get(key), metric) for summary in columns.values()]
+            table.add_row(region, _name(metric), *cells)
         table.add_section()
     table.add_row("", "cases", *[str(summary.get("cases", 0)) for summary in columns.values()])
     return table
 
 
-def _cell(summary: Summary, key: str) -> str:
-    value = summary.get(key)
-    return "-" if value is None else f"{value:.3f}"
+def _name(metric: str) -> str:
+    return _UNITS[metric][0] if metric in _UNITS else metric.replace("_", " ")
+
+
+def cell(value: float | None, metric: str) -> str:
+    """Write a metric with its decimals; what is undefined is a dash."""
+    return "-" if value is None else f"{value:.{_UNITS.get(metric, ('', 3))[1]}f}"
+
+
+def ends(interval: Interval | None, metric: str) -> str:
+    """Write an interval of a metric."""
+    if interval is None:
+        return "-"
+    return f"{cell(interval[0], metric)} to {cell(interval[1], metric)}"
+
+
+def scores_table(title: str, summary: Summary, intervals: Mapping[str, Interval]) -> str:
+    """Draw all metrics of a folder: mean over the cases that define it, and pooled over voxels.
+
+    Args:
+        title: Above the table.
+        summary: See `metrics.summarise`.
+        intervals: Key of the summary to its 95% interval.
+    """
+    heads = ("per case", "95% interval", "cases", "pooled", "95% interval")
+    table = headed(title, ("region", "metric"), heads)
+    for region in REGIONS:
+        for metric in METRICS:
+            key = f"{region}.{metric}"
+            if key not in summary:
+                continue
+            table.add_row(
+                region,
+                _name(metric),
+                cell(summary[key], metric),
+                ends(intervals.get(key), metric),
+                str(summary[f"{key}.cases"]),
+                cell(summary.get(f"{key}.pooled"), metric),
+                ends(intervals.get(f"{key}.pooled"), metric),
+            )
+        table.add_section()
+    table.add_row("", "all cases", "", "", str(summary["cases"]), "", "")
+    return drawn(table)
+
+
+def lesion_table(title: str, summary: Summary, intervals: Mapping[str, Interval]) -> str:
+    """Draw which lesions are found, by size; see `lesions.lesion_summary`."""
+    heads = ("lesions", "found", "false", "precision", "recall", "F1", "95% interval of F1")
+    table = headed(title, ("size",), heads)
+    lower = 0.0
+    for band, upper in [*BANDS.items(), ("", 0.0)]:
+        suffix = f"_{band}" if band else ""
+        numbers = [summary[f"tumor.{name}{suffix}"] for name in ("lesions", "lesions_found")]
+        numbers.append(summary[f"tumor.lesions_false{suffix}"])
+        rates = [summary[f"tumor.lesion_{name}{suffix}"] for name in ("precision", "recall", "f1")]
+        table.add_row(
+            _size(band, lower, upper),
+            *(str(number) for number in numbers),
+            *(cell(rate, "") for rate in rates),
+            ends(intervals.get(f"tumor.lesion_f1{suffix}"), ""),
+            end_section=upper == list(BANDS.values())[-1],
+        )
+        lower = upper
+    scan, free = (
+        cell(summary[f"tumor.lesions_false_per_{name}"], "lesions_false_per_scan")
+        for name in ("scan", "lesion_free_scan")
+    )
+    count = summary["tumor.lesion_free_cases"]
+    apart = f"; {free} a scan in the {count} without tumour" if count else ""
+    return f"{drawn(table)}False lesions: {scan} a scan{apart}\n"
+
+
+def _size(band: str, lower: float, upper: float) -> str:
+    if not band:
+        return "all"
+    if lower == 0:
+        return f"{band}: under {upper:g} mm"
+    return f"{band}: {lower:g} mm and more" if upper == float("inf") else f"{band}: to {upper:g} mm"
+
+
+def difference_table(title: str, found: Mapping[str, Difference]) -> str:
+    """Draw a paired comparison of two models; see `intervals.paired_differences`."""
+    heads = ("pairs", "model", "against", "difference", "95% interval", "p (Wilcoxon)")
+    table = headed(title, ("region", "metric"), heads)
+    for key, one in found.items():
+        region, _, metric = key.partition(".")
+        decimals = _UNITS.get(metric, ("", 3))[1]
+        table.add_row(
+            region,
+            _name(metric),
+            str(one.pairs),
+            cell(one.one, metric),
+            cell(one.other, metric),
+            f"{one.difference:+.{decimals}f}",
+            "-" if one.low is None or one.high is None else ends((one.low, one.high), metric),
+            "-" if one.p is None else f"{one.p:.3g}",
+        )
+    return drawn(table)
 
 
 def result_table(history: Sequence[Mapping[str, Any]]) -> str:

@@ -1,22 +1,33 @@
 """Tests of the metrics: against SimpleITK, and by hand."""
 
+import json
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from fedseg.segmentation import metrics
+from fedseg.segmentation.lesions import BANDS
 from fedseg.segmentation.metrics import (
     METRICS,
+    OVERLAP_METRICS,
+    Scoring,
     add,
     case_counts,
     empty_sums,
     score,
     summarise,
-    sums_of_case,
 )
+from fedseg.segmentation.surface import SURFACE_METRICS, surface_metrics
 
 LOWEST = {"liver": 1, "tumor": 2}
+SPACING = (0.7, 1.3, 4.0)
+
+
+def sums_of_case(prediction: np.ndarray, truth: np.ndarray, **options: Any) -> dict[str, float]:
+    return metrics.sums_of_case(prediction, truth, **{"spacing": SPACING, **options})
 
 
 def random_labels(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -64,7 +75,7 @@ def test_200_random_volumes_agree_with_simpleitk() -> None:
             mine, reference = prediction >= lowest, truth >= lowest
             wanted = defined(mine, reference)
             expected = by_simpleitk(mine, reference) if wanted else {}
-            for metric in METRICS:
+            for metric in OVERLAP_METRICS:
                 key = f"{region}.{metric}"
                 assert sums[f"{key}.count"] == float(metric in wanted), key
                 value = expected[metric] if metric in wanted else 0.0
@@ -106,7 +117,7 @@ def test_mean_is_over_the_cases_that_define_it_and_pooled_over_all_voxels() -> N
     truth = np.concatenate([t.ravel() for _, t in cases])
     for region, lowest in LOWEST.items():
         whole = by_simpleitk((prediction >= lowest)[None, None], (truth >= lowest)[None, None])
-        for metric in METRICS:
+        for metric in OVERLAP_METRICS:
             values = [
                 by_simpleitk(p >= lowest, t >= lowest)[metric]
                 for p, t in cases
@@ -146,12 +157,79 @@ def test_region_that_is_not_annotated_keeps_count_zero() -> None:
     sums = sums_of_case(prediction, truth, annotated=("liver",))
     assert not any(value for key, value in sums.items() if key.startswith("tumor."))
     assert sums["liver.dice.sum"] == 1.0
+    assert summarise(sums)["tumor.lesions_false_per_scan"] is None
+
+
+def test_surface_distances_are_those_of_each_region_on_the_whole_volume() -> None:
+    for prediction, truth in pairs(20):
+        sums = sums_of_case(prediction, truth, scoring=Scoring(tolerance_mm=1.5))
+        assert sums["surfaces"] == 1
+        for region, lowest in LOWEST.items():
+            wanted = surface_metrics(
+                prediction >= lowest, truth >= lowest, spacing=SPACING, tolerance_mm=1.5
+            )
+            for metric in SURFACE_METRICS:
+                assert sums[f"{region}.{metric}.count"] == (metric in wanted)
+                assert sums[f"{region}.{metric}.sum"] == pytest.approx(wanted.get(metric, 0.0))
+
+
+def test_surface_distances_that_nobody_asked_for_are_not_in_the_summary() -> None:
+    prediction, truth = pairs(1)[0]
+    sums = sums_of_case(prediction, truth, scoring=Scoring(distances=False))
+    assert set(sums) == set(empty_sums())
+    assert sums["surfaces"] == 0
+    keys = set(summarise(sums))
+    assert not any(metric in key for key in keys for metric in SURFACE_METRICS)
+    assert keys < set(summarise(sums_of_case(prediction, truth)))
+
+
+def test_a_surface_distance_is_undefined_where_one_region_is_empty() -> None:
+    liver, nothing = np.ones((4, 4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)
+    result = summarise(add([sums_of_case(liver, liver), sums_of_case(nothing, liver)]))
+    assert (result["liver.dice"], result["liver.dice.cases"]) == (0.5, 2)
+    assert (result["liver.hd95"], result["liver.hd95.cases"]) == (0.0, 1)
+
+
+def test_volumes_in_millilitres_with_error() -> None:
+    truth, more, less = np.zeros((3, 10, 10, 10), np.uint8)
+    truth[:4], more[:6], less[:2] = 1, 1, 1
+    parts = [
+        sums_of_case(prediction, truth, spacing=(1.0, 2.0, 5.0)) for prediction in (more, less)
+    ]
+    result = summarise(add(parts))
+    assert result["liver.volume_ml"] == pytest.approx(4.0)
+    assert result["liver.volume_error_ml"] == pytest.approx(0.0)
+    assert result["liver.volume_abs_error_ml"] == pytest.approx(2.0)
+    assert summarise(parts[1])["liver.volume_error_ml"] == pytest.approx(-2.0)
+    assert (result["tumor.volume_ml"], result["tumor.volume_ml.cases"]) == (0.0, 2)
+
+
+def test_lesions_are_those_of_the_tumour_and_add_up() -> None:
+    truth, prediction = np.zeros((2, 12, 12, 12), np.uint8)
+    truth[:], prediction[:] = 1, 1
+    truth[2:4, 2:4, 2:4] = prediction[2:4, 2:4, 2:4] = prediction[8:10, 8:10, 8:10] = 2
+    parts = [sums_of_case(prediction, truth), sums_of_case(truth, truth)]
+    result = summarise(add(parts))
+    assert (result["tumor.lesions"], result["tumor.lesions_found"]) == (2, 2)
+    assert result["tumor.lesion_precision"] == pytest.approx(2 / 3)
+    assert result["tumor.lesions_false_per_scan"] == 0.5
+    found = {key: result[f"tumor.lesions_{key}"] for key in BANDS}
+    assert found == {"small": 2, "medium": 0, "large": 0}
+
+
+def test_what_a_site_sends_is_small() -> None:
+    assert len(empty_sums()) < 80
+    assert len(json.dumps(empty_sums())) < 4000
 
 
 def test_nothing_evaluated_has_every_key_and_no_number() -> None:
     result = summarise(add([]))
     assert add([]) == empty_sums()
     for region, metric in product(LOWEST, METRICS):
+        if metric in SURFACE_METRICS:
+            assert f"{region}.{metric}" not in result
+            continue
         assert result[f"{region}.{metric}"] is None
-        assert result[f"{region}.{metric}.pooled"] is None
         assert result[f"{region}.{metric}.cases"] == 0
+        if metric in OVERLAP_METRICS:
+            assert result[f"{region}.{metric}.pooled"] is None

@@ -14,7 +14,14 @@ from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan
 from fedseg.errors import ModelError
-from fedseg.segmentation.model_file import load_model, read_model_file, save_model, sha256_of
+from fedseg.segmentation.model_file import (
+    BEST,
+    find_model,
+    load_model,
+    read_model_file,
+    save_model,
+    sha256_of,
+)
 from fedseg.segmentation.models import MODELS, build_model
 
 
@@ -157,3 +164,36 @@ def test_a_model_file_cannot_choose_what_runs(tmp_path: Path) -> None:
     save_model(path, state, a_plan("os:system"))
     with pytest.raises(ModelError, match=r"code from outside fedseg \('os:system'\)"):
         load_model(path)
+
+
+def test_a_run_is_found_by_folder_and_by_id(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "2026-01-01"
+    folder.mkdir(parents=True)
+    best = write(folder / BEST)
+    assert find_model(folder) == find_model("2026-01-01", runs=tmp_path / "runs") == best
+    assert find_model(best) == best
+    assert find_model("nowhere", runs=tmp_path / "runs") == Path("nowhere")
+    network, plan = load_model(folder)
+    assert plan == a_plan() and set(network.state_dict()) == set(read_model_file(best)[0])
+
+
+def test_demo_is_small_and_says_what_it_is() -> None:
+    path = find_model("demo")
+    assert path.stat().st_size < 3_000_000
+    state, plan, metadata = read_model_file(Path("demo"))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert (plan.model, [plan.width * 2**n for n in range(plan.depth)]) == (
+        "unet",
+        [8, 16, 32, 64, 128],
+    )
+    assert metadata["data"] == "phantoms"
+    card = path.with_name("demo.md").read_text()
+    assert "no clinical value" in card and sha256_of(path) in card
+    network, _ = load_model(Path("demo"))
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
+
+
+def test_demo_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"^demo: its package fedseg_weights isn't installed"):
+        load_model(Path("demo"))

@@ -10,7 +10,7 @@ from torch import nn
 from fedseg.config import StudyConfig
 from fedseg.data.planning import make_plan
 from fedseg.segmentation.models import MODELS, build_model
-from fedseg.segmentation.norms import keep_channels_last
+from fedseg.segmentation.norms import keep_channels_last, memory_format, place
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -94,3 +94,23 @@ def test_normalisations_with_running_averages_and_other_dimensions_are_left_alon
     unbatched = torch.randn(2, 4, 4, 4)
     expected = nn.InstanceNorm3d(2)(unbatched)
     assert torch.equal(keep_channels_last(nn.InstanceNorm3d(2))(unbatched), expected)
+
+
+def test_a_network_is_placed_as_its_images_lie() -> None:
+    own = build_model(make_plan(StudyConfig.from_run_config({"model.width": 2})), seed=0)
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    held = [id(p) for p in own.parameters()]  # by an optimiser
+    cpu = torch.device("cpu")
+    placed = place(own, cpu)
+    assert placed is own
+    assert [id(p) for p in placed.parameters()] == held
+    assert all(torch.equal(before[name], tensor) for name, tensor in own.state_dict().items())
+    kernels = [p for p in placed.parameters() if p.dim() == 5]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=memory_format(cpu)) for p in kernels)
+
+
+def test_mps_keeps_the_plain_memory_format() -> None:
+    for device in ("cpu", "cuda"):
+        assert memory_format(torch.device(device)) is torch.channels_last_3d
+    assert memory_format(torch.device("mps")) is torch.contiguous_format

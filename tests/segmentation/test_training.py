@@ -15,6 +15,7 @@ from fedseg.config import StudyConfig
 from fedseg.data.planning import make_plan
 from fedseg.errors import ConfigError
 from fedseg.sections import TrainConfig
+from fedseg.segmentation import training
 from fedseg.segmentation.losses import dice_ce
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
@@ -25,7 +26,6 @@ from fedseg.segmentation.training import (
     learning_rate,
     log_progress,
     make_optimizer,
-    memory_format,
     set_threads,
     steps_in_round,
 )
@@ -66,6 +66,13 @@ def test_the_same_data_gives_the_same_bits() -> None:
     )
 
 
+@pytest.fixture
+def fp16_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in fp16 also on a processor that only emulates it."""
+    monkeypatch.setattr(training, "_cpu_has", lambda *formats: True)
+
+
+@pytest.mark.usefixtures("fp16_here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_it_learns_one_patch_by_heart(optimizer: str, precision: str) -> None:
@@ -90,6 +97,7 @@ def test_it_learns_one_patch_by_heart(optimizer: str, precision: str) -> None:
     assert losses[-1] < 0.35 * losses[0]
 
 
+@pytest.mark.usefixtures("fp16_here")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_gradient_norm_is_clipped(precision: str) -> None:
     """Under fp16 the norm is the true one, not that of the scaled gradients."""
@@ -113,6 +121,7 @@ def test_the_gradient_norm_is_clipped(precision: str) -> None:
     assert far(start, clipped) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.usefixtures("fp16_here")
 def test_fp16_steps_are_those_of_fp32_but_for_its_precision() -> None:
     options: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
     config = TrainConfig(**options, learning_rate=0.1, schedule="constant", max_grad_norm=0)
@@ -290,7 +299,11 @@ def test_a_damaged_state_starts_anew(tmp_path) -> None:  # type: ignore[no-untyp
         ("cuda", True, "fp16", torch.float16),
         ("mps", False, "auto", torch.float32),
         ("mps", False, "bf16", torch.float32),
-        ("cpu", False, "fp16", torch.float16),
+        ("cpu", True, "auto", torch.bfloat16),
+        ("cpu", False, "auto", torch.float32),
+        ("cpu", True, "fp16", torch.float16),
+        ("cpu", False, "fp16", torch.float32),
+        ("cpu", False, "bf16", torch.bfloat16),
     ],
 )
 def test_the_number_format_follows_the_hardware(
@@ -300,7 +313,8 @@ def test_the_number_format_follows_the_hardware(
     expected: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Older GPUs say they support bf16, and emulate it; that doesn't count."""
+    """Older GPUs say they support bf16, and emulate it; that doesn't count, nor on a CPU."""
+    monkeypatch.setattr(training, "_cpu_has", lambda *formats: hardware)
     monkeypatch.setattr(
         torch.cuda,
         "is_bf16_supported",
@@ -335,11 +349,6 @@ def test_threads_are_the_process_s_share_of_the_machine(monkeypatch: pytest.Monk
         assert torch.get_num_threads() == os.cpu_count()
     finally:
         torch.set_num_threads(before)
-
-
-def test_mps_keeps_the_plain_memory_format() -> None:
-    assert memory_format(torch.device("cpu")) is torch.channels_last_3d
-    assert memory_format(torch.device("mps")) is torch.contiguous_format
 
 
 def test_a_device_that_is_not_there() -> None:
