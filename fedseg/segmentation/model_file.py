@@ -1,6 +1,7 @@
 """Model files: weights in safetensors whose metadata says how to rebuild network and plan."""
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +12,17 @@ from torch import nn
 from fedseg.data.plan import Plan
 from fedseg.errors import FedSegError, ModelError
 from fedseg.registry import is_custom
+from fedseg.sections import OutputConfig
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.tensor_file import write_tensors
 
-__all__ = ["load_model", "read_model_file", "save_model", "sha256_of"]
+__all__ = ["BEST", "DEMO", "find_model", "load_model", "read_model_file", "save_model", "sha256_of"]
+
+BEST = "model-best.safetensors"
+"""The model file of a run that is meant where a run is named."""
+
+DEMO = "demo"
+"""Names the small pretrained model of the package `fedseg_weights`."""
 
 _FORMAT = "fedseg-model-1"
 
@@ -32,13 +40,49 @@ def save_model(path: Path, state: Mapping[str, torch.Tensor], plan: Plan, **note
     write_tensors(path, state, metadata=metadata)
 
 
+def find_model(name: str | Path, *, runs: Path | None = None) -> Path:
+    """Find the file that a user means: a file, a run's folder or id, or `demo`.
+
+    Args:
+        name: What a user typed; what is on the disk comes first, but for `demo`.
+        runs: Where runs are; None: `output.dir`'s default.
+
+    Returns:
+        The best model of a run; a path that isn't there comes back as it is.
+
+    Raises:
+        ModelError: `demo`, and its package isn't installed.
+    """
+    if str(name) == DEMO:
+        return _demo_file()
+    path = Path(name).expanduser()
+    root = Path(OutputConfig().dir if runs is None else runs).expanduser()
+    for folder in (path, root / path):
+        if (folder / BEST).is_file():
+            return folder / BEST
+    return path
+
+
+def _demo_file() -> Path:
+    # Not a part of fedseg: an app bundle brings its own fedseg, without files that aren't code.
+    found = importlib.util.find_spec("fedseg_weights")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        if (Path(folder) / "demo.safetensors").is_file():
+            return Path(folder) / "demo.safetensors"
+    raise ModelError(
+        "demo: its package fedseg_weights isn't installed here; run `pip install fedseg`, or give "
+        "a model file"
+    )
+
+
 def read_model_file(path: Path) -> tuple[dict[str, torch.Tensor], Plan, dict[str, str]]:
-    """Read weights, plan and metadata.
+    """Read weights, plan and metadata of a model file, or of what else `find_model` finds.
 
     Raises:
         ModelError: The file is missing, damaged or not one of ours.
     """
     mend = "give a model-best.safetensors of a run"
+    path = find_model(path)
     try:
         if not path.is_file():
             raise ModelError(f"{path}: no such file; {mend}")
@@ -61,7 +105,7 @@ def load_model(path: Path, *, allow_custom_code: bool = False) -> tuple[nn.Modul
     """Rebuild the network of a model file.
 
     Args:
-        path: The file.
+        path: The file, or what else `find_model` finds.
         allow_custom_code: Whether a network named `pkg.mod:function` may be imported: whoever made
             the file then chooses which installed function runs.
 

@@ -1,21 +1,46 @@
 """Predict masks for new scans with a model file."""
 
-from collections.abc import Callable, Sequence
+import functools
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from torch import nn
 
-from fedseg.data.cases import holds_dicom, is_dicom, nifti_stem
+from fedseg.data.cases import nifti_stem
 from fedseg.data.plan import Plan
 from fedseg.data.preprocess import Modality
-from fedseg.data.volumes import read_image, write_mask
-from fedseg.errors import CaseError, DataError
-from fedseg.segmentation.inference import predict_labels
+from fedseg.data.scans import mask_names
+from fedseg.data.volumes import Volume, read_image, read_mask, write_mask
+from fedseg.errors import CaseError, DataError, ModelError
+from fedseg.segmentation.inference import (
+    OnWindows,
+    out_of_memory,
+    predict_labels,
+    ways_to_predict,
+)
+from fedseg.segmentation.overlay import draw_overlay
+from fedseg.segmentation.postprocess import clean_labels
+from fedseg.segmentation.volume_table import (
+    VOLUMES,
+    Findings,
+    add_row,
+    findings_of,
+    read_rows,
+    replace_file,
+)
 
-__all__ = ["Prediction", "predict_files", "scans_of"]
+__all__ = ["Prediction", "predict_files"]
+
+_Label = Callable[[Volume, OnWindows], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,55 +49,19 @@ class Prediction:
 
     Attributes:
         scan: The input.
-        mask: The written mask, None where there is a problem.
-        volumes_ml: Region to its volume in mL.
+        mask: Its mask, None where there is a problem.
+        findings: What the mask has, None where there is a problem.
+        kept: The mask was there before.
+        seconds: What it took, None for a mask that was there before.
         problem: Why there is no mask.
     """
 
     scan: Path
-    mask: Path | None
-    volumes_ml: dict[str, float]
+    mask: Path | None = None
+    findings: Findings | None = None
+    kept: bool = False
+    seconds: float | None = None
     problem: str | None = None
-
-
-def scans_of(paths: Sequence[Path]) -> list[Path]:
-    """Expand folders into the NIfTI files or the DICOM series they hold.
-
-    A folder with DICOM files is one scan; of a folder of such folders, each is one.
-
-    Raises:
-        DataError: A path is missing, no scan, or there is none at all.
-    """
-    scans: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            scans += _scans_in(path)
-        elif not path.is_file():
-            raise DataError(f"{path}: no such file or folder; correct the path")
-        elif nifti_stem(path) is None and not is_dicom(path):
-            raise DataError(f"{path}: not named .nii or .nii.gz, and no DICOM; convert it")
-        else:
-            scans.append(path)
-    if not scans:
-        raise DataError(
-            f"{paths[0]}: no .nii or .nii.gz file in it and no DICOM; give scans or their folder"
-        )
-    return scans
-
-
-def _scans_in(folder: Path) -> list[Path]:
-    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in inside if path.is_file()]
-    scans = [path for path in files if nifti_stem(path)]
-    if scans:
-        return scans
-    if any(is_dicom(path) for path in files):
-        return [folder]
-    return [path for path in inside if path.is_dir() and holds_dicom(path)]
-
-
-def _name(scan: Path) -> str:
-    return nifti_stem(scan) or (scan.resolve().name if scan.is_dir() else scan.stem)
 
 
 def predict_files(
@@ -83,59 +72,178 @@ def predict_files(
     *,
     device: torch.device,
     modality: Modality = "auto",
+    flips: Sequence[int] = (),
+    largest_liver: bool = False,
+    tumor_in_liver: bool = False,
+    overlay: bool = False,
     overwrite: bool = False,
     on_scan: Callable[[Prediction], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> list[Prediction]:
     """Write `<out>/<name>.nii.gz` for each scan, on the scan's exact grid and affine.
 
-    A scan that can't be used is reported and the others go on; masks that exist are kept.
+    Each scan has a row in `<out>/volumes.csv`. A scan that can't be used is reported and the others
+    go on; masks that exist are kept, so that a folder goes on where it stopped.
+
+    Args:
+        network: The network.
+        plan: Its plan.
+        scans: Scans, see `data.scans.scans_of`.
+        out: Folder of the masks.
+        device: Where to begin; see `ways_to_predict` for what happens where memory runs out.
+        modality: What the scans are.
+        flips: As in `predict_logits`.
+        largest_liver: As in `clean_labels`.
+        tumor_in_liver: As in `clean_labels`.
+        overlay: Draw `<out>/<name>.png`, too, see `draw_overlay`.
+        overwrite: Replace masks that exist.
+        on_scan: Called after each scan.
+        on_progress: Called with the number of scans done, the one in work by its share.
 
     Raises:
-        DataError: The folder can't be written, or two scans would have one mask.
+        DataError: The folder can't be written, or a mask would replace a scan or another mask.
     """
-    targets = [out / f"{_name(scan)}.nii.gz" for scan in scans]
-    if len(set(targets)) < len(targets):
-        raise DataError(f"{out}: two scans have the same name; predict them into two folders")
+    names = mask_names(scans)
+    table = out / VOLUMES
+    _check_targets(scans, [out / f"{name}.nii.gz" for name in names])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out}: can't be made ({error.strerror}); give another folder") from None
+    read_rows(table)
+    ways = ways_to_predict(plan, device)
+
+    def label(scan: Volume, on_windows: OnWindows) -> np.ndarray:
+        labels = predict_labels(
+            network,
+            scan,
+            plan,
+            device=device,
+            modality=modality,
+            flips=flips,
+            ways=ways,
+            on_windows=on_windows,
+        )
+        return clean_labels(labels, largest_liver=largest_liver, tumor_in_liver=tumor_in_liver)
+
     results = []
-    for scan, target in zip(scans, targets, strict=True):
-        if target.resolve() == scan.resolve():
-            raise DataError(f"{scan}: its mask would replace it; give another folder with -o")
-        if target.exists() and not overwrite:
-            result = Prediction(
-                scan=scan, mask=None, volumes_ml={}, problem=f"{target}: exists; --overwrite"
-            )
+    for index, (scan, name) in enumerate(zip(scans, names, strict=True)):
+        if (out / f"{name}.nii.gz").exists() and not overwrite:
+            result = _kept(scan, out, name, overlay=overlay)
         else:
-            result = _predict(network, plan, scan, target, device, modality)
+            report = functools.partial(_report, on_progress, index)
+            result = _predicted(scan, out, name, label, report, overlay=overlay)
         results.append(result)
+        if on_progress:
+            on_progress(index + 1)
         if on_scan:
             on_scan(result)
     return results
 
 
-def _predict(
-    network: nn.Module,
-    plan: Plan,
-    scan: Path,
-    target: Path,
-    device: torch.device,
-    modality: Modality,
+def _report(
+    on_progress: Callable[[float], None] | None, before: int, windows: int, total: int
+) -> None:
+    if on_progress:
+        on_progress(before + windows / total)
+
+
+def _check_targets(scans: Sequence[Path], targets: Sequence[Path]) -> None:
+    inputs = {scan.resolve() for scan in scans}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise DataError(
+                f"{target}: a mask would replace this scan; give another folder with -o"
+            )
+
+
+def _predicted(
+    scan: Path, out: Path, name: str, label: _Label, report: OnWindows, *, overlay: bool
 ) -> Prediction:
+    began = time.monotonic()
+    target = out / f"{name}.nii.gz"
     try:
         volume = read_image(scan)
-        labels = predict_labels(network, volume, plan, device=device, modality=modality)
-    except CaseError as error:
-        return Prediction(scan=scan, mask=None, volumes_ml={}, problem=str(error))
-    try:
+        labels = label(volume, report)
+        picture = _drawn(volume, labels) if overlay else None
+        findings = findings_of(labels, volume)
+    except (CaseError, ModelError, MemoryError, RuntimeError) as error:
+        return _unusable(scan, error)
+    with _writing(out):
         write_mask(target, labels, volume)
+        if picture:
+            replace_file(out / f"{name}.png", picture)
+        seconds = time.monotonic() - began
+        add_row(out / VOLUMES, name, findings, seconds)
+    return Prediction(scan=scan, mask=target, findings=findings, seconds=seconds)
+
+
+def _kept(scan: Path, out: Path, name: str, *, overlay: bool) -> Prediction:
+    """Take a mask that exists; what a run that was killed left undone beside it is done now."""
+    target, picture = out / f"{name}.nii.gz", out / f"{name}.png"
+    findings = _known(read_rows(out / VOLUMES).get(name, {}))
+    try:
+        if not _same_grid(target, scan):
+            raise CaseError(target, f"exists, and isn't on the grid of {scan}", "say --overwrite")
+        if findings is None or (overlay and not picture.exists()):
+            volume = read_image(scan)
+            labels = read_mask(target, image=volume).array
+            found = findings_of(labels, volume)
+            with _writing(out):
+                if overlay and not picture.exists():
+                    replace_file(picture, _drawn(volume, labels))
+                if findings is None:
+                    add_row(out / VOLUMES, name, found, None)
+            findings = found
+    except (CaseError, MemoryError, RuntimeError) as error:
+        return _unusable(scan, error)
+    return Prediction(scan=scan, mask=target, findings=findings, kept=True)
+
+
+def _unusable(scan: Path, error: Exception) -> Prediction:
+    """Tell why a scan has no mask, where that is no reason to stop."""
+    if isinstance(error, CaseError):
+        problem = str(error)
+    elif isinstance(error, ModelError):
+        problem = f"{scan}: {error}"
+    elif out_of_memory(error):
+        problem = f"{scan}: no memory for it; crop the scan, or take a machine with more"
+    else:
+        raise error
+    return Prediction(scan=scan, problem=problem)
+
+
+def _known(row: Mapping[str, str]) -> Findings | None:
+    try:
+        return Findings(
+            liver_ml=float(row["liver_ml"]),
+            tumor_ml=float(row["tumor_ml"]),
+            lesions=int(row["lesions"]),
+        )
+    except (KeyError, ValueError, TypeError):  # an edited table
+        return None
+
+
+def _same_grid(mask: Path, scan: Path) -> bool:
+    """Compare headers; that of a DICOM series would take reading all of it."""
+    if nifti_stem(scan) is None:
+        return True
+    try:
+        one, other = nib.load(mask), nib.load(scan)
+        return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-3)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error):
+        return False
+
+
+def _drawn(scan: Volume, labels: np.ndarray) -> bytes:
+    return draw_overlay(scan.array, labels, spacing=scan.spacing)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"{target}: can't be written ({error.strerror}); free space") from None
-    millilitres = float(np.prod(volume.spacing)) / 1000
-    volumes = {
-        "liver": int(np.count_nonzero(labels >= 1)) * millilitres,
-        "tumor": int(np.count_nonzero(labels == 2)) * millilitres,
-    }
-    return Prediction(scan=scan, mask=target, volumes_ml=volumes)
+        raise DataError(
+            f"{out}: can't be written ({error.strerror}); free space, or give another folder"
+        ) from None

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedseg.errors import ConfigError
 from fedseg.sections import TrainConfig
-from fedseg.segmentation.norms import keep_channels_last
+from fedseg.segmentation.norms import memory_format, place
 
 __all__ = [
     "FitReport",
@@ -25,7 +25,6 @@ __all__ = [
     "learning_rate",
     "log_progress",
     "make_optimizer",
-    "memory_format",
     "set_threads",
     "steps_in_round",
 ]
@@ -79,32 +78,30 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Number format of the forward pass: the fastest right one that the hardware computes in.
 
     `auto` is bf16 on CPUs and GPUs that have it, fp16 with a loss scaler on older CUDA GPUs (they
-    only emulate bf16), else fp32. MPS stays with fp32.
+    only emulate bf16), else fp32. MPS stays with fp32. fp16 is taken for auto on CPUs that only
+    emulate it, 60 times slower.
     """
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if device.type == "mps":
         return torch.float32
+    if precision == "fp16" and device.type == "cpu" and not _cpu_has("avx512_fp16"):
+        precision = "auto"
     if precision in named:
         return named[precision]
     if device.type == "cuda":
         in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if in_hardware else torch.float16
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    return torch.bfloat16 if _cpu_has("avx512_bf16", "amx_bf16") else torch.float32
 
 
 @functools.cache
-def _cpu_has_bf16() -> bool:
-    # Emulated bf16 is several times slower than fp32: only a processor that says it has it counts.
+def _cpu_has(*formats: str) -> bool:
+    # An emulated format is many times slower than fp32: only what the processor says counts.
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """How images and weights lie in memory: channels last is faster, but MPS may lack it in 3D."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last_3d
+    return any(name in flags for name in formats)
 
 
 def set_threads(threads: int | None) -> None:
@@ -188,7 +185,7 @@ def fit(
     device = device or torch.device("cpu")
     dtype = choose_dtype(config.precision, device)
     layout = memory_format(device)
-    keep_channels_last(network.to(device)).train()
+    place(network, device).train()
     optimizer = optimizer or make_optimizer(network, config)
     # Does nothing but for fp16, whose range small gradients fall out of.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -1,0 +1,119 @@
+"""The table of a prediction folder: how large liver and tumours are in each scan."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedseg.data.volumes import Volume
+from fedseg.errors import DataError
+from fedseg.segmentation.postprocess import lesion_count
+
+__all__ = ["COLUMNS", "VOLUMES", "Findings", "add_row", "findings_of", "read_rows", "replace_file"]
+
+VOLUMES = "volumes.csv"
+"""Name of the table in a folder of masks."""
+
+COLUMNS = ("scan", "liver_ml", "tumor_ml", "lesions", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a mask has.
+
+    Attributes:
+        liver_ml: Volume of the liver with its tumours, mL.
+        tumor_ml: Volume of the tumours, mL.
+        lesions: Number of tumours: components that don't touch, not even by a corner.
+    """
+
+    liver_ml: float
+    tumor_ml: float
+    lesions: int
+
+
+def findings_of(labels: np.ndarray, scan: Volume) -> Findings:
+    """Measure labels `[X, Y, Z]` on a scan's grid."""
+    voxel = float(np.prod(scan.spacing)) / 1000
+    counts = np.zeros(3, np.int64)
+    for plane in labels:  # counting all at once would turn the volume into 64-bit integers
+        counts += np.bincount(plane.ravel(), minlength=3)
+    return Findings(
+        liver_ml=float(counts[1:].sum()) * voxel,
+        tumor_ml=float(counts[2]) * voxel,
+        lesions=lesion_count(labels),
+    )
+
+
+def read_rows(path: Path) -> dict[str, dict[str, str]]:
+    """Read a table by scan; no rows where it isn't there.
+
+    Raises:
+        DataError: It can't be read, or is another table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            rows = {str(row.get("scan")): dict(row) for row in reader}
+            columns = tuple(reader.fieldnames or ())
+    except FileNotFoundError:
+        return {}
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{path}: can't be read ({error}); move it away") from None
+    if columns != COLUMNS:
+        raise DataError(
+            f"{path}: columns {','.join(columns)[:80]}; expected {','.join(COLUMNS)}; move it away"
+        )
+    return rows
+
+
+def add_row(path: Path, scan: str, findings: Findings, seconds: float | None) -> None:
+    """Add a scan's row to the table, or put it in place of the scan's old one.
+
+    The table is written anew beside its place: it is there whole at any time.
+
+    Args:
+        path: The table.
+        scan: Name of the scan's mask.
+        findings: What it has.
+        seconds: What its prediction took; None where that isn't known.
+
+    Raises:
+        DataError: It can't be read, or is another table.
+        OSError: It can't be written.
+    """
+    rows = read_rows(path)
+    rows[scan] = {
+        "scan": scan,
+        "liver_ml": f"{findings.liver_ml:.2f}",
+        "tumor_ml": f"{findings.tumor_ml:.2f}",
+        "lesions": str(findings.lesions),
+        "seconds": "" if seconds is None else f"{seconds:.1f}",
+    }
+    replace_file(path, _as_text(rows).encode("utf-8", "surrogateescape"))
+
+
+def _as_text(rows: Mapping[str, Mapping[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    return text.getvalue()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
