@@ -1,7 +1,8 @@
 """The federation: what every round needs, and the messages it sends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -22,7 +23,13 @@ from fedseg.segmentation.sharing import SplitState, split_state
 __all__ = ["Federation", "ServerEvaluation", "Summary", "messages_to"]
 
 Summary = dict[str, float | int | None]
-ServerEvaluation = Callable[[nn.Module], dict[str, Summary]]
+
+
+class ServerEvaluation(Protocol):
+    """Scores a network on the server's own cases."""
+
+    def __call__(self, network: nn.Module, *, distances: bool = False) -> dict[str, Summary]:
+        """Return name of a set of cases to its summary; surface distances only if asked for."""
 
 
 @dataclass

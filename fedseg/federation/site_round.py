@@ -21,6 +21,7 @@ from fedseg.federation.flat import flatten, layout_of
 from fedseg.messages import PERSONAL, Task
 from fedseg.registry import resolve
 from fedseg.segmentation.kept import load_kept, save_kept
+from fedseg.segmentation.lightning_backend import BACKENDS
 from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.metrics import add, summarise
 from fedseg.segmentation.model_file import save_model
@@ -30,7 +31,6 @@ from fedseg.segmentation.sharing import split_state
 from fedseg.segmentation.training import (
     FitReport,
     OnStep,
-    fit,
     log_progress,
     make_optimizer,
     steps_in_round,
@@ -110,7 +110,7 @@ def train_at_site(
         rng=np.random.default_rng(seed),
     )
     first: list[torch.Tensor] = []
-    report = fit(
+    report = BACKENDS[study.train.backend](
         network,
         _until(drawn, minutes) if minutes else drawn,
         resolve("train.loss", study.train.loss, LOSSES),

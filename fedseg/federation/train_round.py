@@ -23,11 +23,12 @@ from fedseg.federation.collect import (
 )
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.federation import Federation, messages_to
-from fedseg.federation.flat import layout_of, unflatten
+from fedseg.federation.flat import Layout, layout_of, unflatten
 from fedseg.federation.gram import gram
 from fedseg.federation.guard import Quarantine, decide, probe
 from fedseg.federation.history import new_line, score, why
 from fedseg.federation.reduce import averages_steps
+from fedseg.federation.secure_round import secure_change, take_late
 from fedseg.federation.sites import KnownSite
 from fedseg.federation.spool import SpooledUpdate, check_room, open_update
 from fedseg.federation.strategies import least_sites, next_state, train_config
@@ -57,12 +58,38 @@ def train_round(federation: Federation, number: int) -> dict[str, Any]:
     state = federation.split()
     before = {name: tensor.clone() for name, tensor in state.shared.items()}
     layout = layout_of(before)
+    entries: dict[str, Any] = {"sites": {}, "late": []}
+    change: torch.Tensor | None
+    if federation.study.privacy.secure_aggregation:
+        take_late(federation, number, entries)
+        sites = _drawn(federation, number)
+        change = secure_change(federation, number, before, sites, entries)
+        _warn(entries["sites"], number)
+    else:
+        change = _averaged(federation, number, before, layout, entries)
+    entries["bytes_up"] = sum(site["bytes_up"] for site in entries["sites"].values())
+    if change is None:
+        return entries
+    # Flower wants a message to reply to; its content doesn't matter.
+    to = Message(RecordDict(), dst_node_id=federation.sites[0].node_id, message_type="train")
+    moved = next_state(federation.strategy, number, before, unflatten(change, layout), to)
+    federation.network.load_state_dict({**moved, **state.local, **state.fixed})
+    return entries
+
+
+def _averaged(
+    federation: Federation,
+    number: int,
+    before: Mapping[str, torch.Tensor],
+    layout: Layout,
+    entries: dict[str, Any],
+) -> torch.Tensor:
+    """Collect, guard, weigh and reduce the round's updates to one change, float32 `[N]`."""
     inbox = Inbox(
         layout=layout,
         scheme=scheme_of(federation.study.federation),
         folder=federation.folder.path / "checkpoint" / "spool" / str(number),
     )
-    entries: dict[str, Any] = {"sites": {}, "late": []}
     updates = _collected(federation, number, before, inbox, entries)
     opened = {
         name: open_update(update.path, size=layout.size) for name, update in sorted(updates.items())
@@ -72,13 +99,7 @@ def train_round(federation: Federation, number: int) -> dict[str, Any]:
     _check_enough(federation, number, opened, entries)
     weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
     metrics = [updates[name].metrics for name in opened]
-    change = federation.reduce(list(opened.values()), list(weights.values()), metrics)
-    # Flower wants a message to reply to; its content doesn't matter.
-    to = Message(RecordDict(), dst_node_id=federation.sites[0].node_id, message_type="train")
-    moved = next_state(federation.strategy, number, before, unflatten(change, layout), to)
-    federation.network.load_state_dict({**moved, **state.local, **state.fixed})
-    entries["bytes_up"] = sum(site["bytes_up"] for site in entries["sites"].values())
-    return entries
+    return federation.reduce(list(opened.values()), list(weights.values()), metrics)
 
 
 def _drawn(federation: Federation, number: int) -> list[KnownSite]:

@@ -1,0 +1,1 @@
+"""Privacy: what keeps a single update from being seen, free of Flower."""
