@@ -142,7 +142,7 @@ def cached_scan(folder: Path, shape: tuple[int, int, int], seed: int):
         labels=found["labels"],
         truth=found["truth"],
         foreground={name: found[name] for name in ("liver", "tumor")},
-        placement=Placement(shape=shape, grid=shape, box=whole),
+        placement=Placement(shape=shape, spacing=(1.0, 1.0, 1.0), grid=shape, box=whole),
     )
 
 

@@ -7,9 +7,12 @@ from typing import Annotated
 import typer
 
 from fedseg import __version__
+from fedseg.commands.compare import compare
 from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
+from fedseg.commands.export import export
 from fedseg.commands.predict import predict
+from fedseg.commands.report import report
 from fedseg.errors import FedSegError
 from fedseg.logs import show_logs
 
@@ -59,5 +62,5 @@ def _version(
         raise typer.Exit
 
 
-for command in (phantom, check, fingerprint, predict, evaluate):
+for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report):
     app.command()(command)

@@ -19,9 +19,10 @@ from fedseg.config import StudyConfig
 from fedseg.data.measure import site_fingerprint
 from fedseg.data.node import Site, SiteCases, load_cases, open_site, own_name
 from fedseg.data.plan import Plan
-from fedseg.errors import ConfigError, FedSegError, ModelError, Reason, SiteError
+from fedseg.errors import ConfigError, FedSegError, ModelError, ProtocolError, Reason, SiteError
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.flat import layout_of
+from fedseg.federation.secure_site import SECURE_STEPS, forget, masked_answer, received
 from fedseg.federation.site_round import (
     kept_folder,
     local_layers,
@@ -40,8 +41,11 @@ from fedseg.messages import (
     stored_study,
 )
 from fedseg.registry import is_custom
-from fedseg.segmentation.evaluation import evaluate_cases
+from fedseg.report.at_end import report_site
+from fedseg.segmentation.evaluation import score_cases
+from fedseg.segmentation.metrics import add
 from fedseg.segmentation.models import build_model
+from fedseg.segmentation.norms import place
 from fedseg.segmentation.sharing import split_state
 from fedseg.segmentation.training import choose_device, set_threads
 
@@ -52,6 +56,8 @@ log = logging.getLogger("fedseg.site")
 app = ClientApp()
 
 Work = Callable[[Message, Context, StudyConfig], Message]
+
+_REASONS = {ModelError: Reason.MODEL, ProtocolError: Reason.SECURE_AGGREGATION}
 
 
 def answered(work: Work) -> Callable[[Message, Context], Message]:
@@ -69,7 +75,7 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
             reason = Reason.PLAN
             log.error("%s", error)
         except FedSegError as error:
-            reason = Reason.MODEL if isinstance(error, ModelError) else Reason.DATA
+            reason = _reason(error)
             log.error("%s", error)
         except ModuleNotFoundError as error:
             reason = Reason.MODEL_MISSING
@@ -86,6 +92,11 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
         return answer_message(message, status=status, reason=reason)
 
     return handler
+
+
+def _reason(error: FedSegError) -> Reason:
+    found = (reason for kind, reason in _REASONS.items() if isinstance(error, kind))
+    return next(found, Reason.DATA)
 
 
 def _study(message: Message, context: Context) -> StudyConfig:
@@ -128,11 +139,16 @@ def fingerprint(message: Message, context: Context, study: StudyConfig) -> Messa
     return answer_message(message, status="ok", fingerprint=found.to_json())
 
 
+for _action, _step in SECURE_STEPS.items():
+    app.query(_action)(answered(_step))
+
+
 @app.train()
 @answered
 def train(message: Message, context: Context, study: StudyConfig) -> Message:
     """Train the global model on the site's cases and answer with the change."""
     task, plan, site = _accept(message, context, study)
+    secure = received(message, context, study)
     cases = _cases(site, plan, study)
     if len(cases.training) + len(cases.validation) < site.config.policy.min_cases:
         raise SiteError(Reason.POLICY_MIN_CASES)
@@ -145,7 +161,6 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
     update = {name: after[name].cpu() - before for name, before in shared.items()}
     if not all(bool(torch.isfinite(change).all()) for change in update.values()):
         raise SiteError(Reason.NOT_FINITE)
-    parts = packed(update, study, site, task)
     metrics = {
         "cases": len(cases.training),
         "voxels": sum(case.image.size for case in cases.training),
@@ -157,6 +172,9 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
         "loss": trained.report.loss,
         "seconds": trained.report.seconds,
     }
+    if secure is not None:
+        return masked_answer(message, context, study, site, secure, update, metrics)
+    parts = packed(update, study, site, task)
     return answer_message(message, status="ok", metrics=metrics, update=parts)
 
 
@@ -171,22 +189,28 @@ def _check_size(site: Site, size: int) -> None:
 def evaluate(message: Message, context: Context, study: StudyConfig) -> Message:
     """Score the global model on the site's held-out cases and answer with sums and counts."""
     task, plan, site = _accept(message, context, study)
+    forget(context, task.round_number)
     cases = _cases(site, plan, study)
     device = _device(site)
     kept = kept_folder(site, task.study_run, task.round_number)
     network, _ = _network(message, plan, study, kept, device)
+    last = task.final or task.round_number >= task.rounds
     score = functools.partial(
-        evaluate_cases,
+        score_cases,
         network,
         cases.validation,
         plan,
         device=device,
         precision=study.train.precision,
         annotated=site.config.labels,
+        distances=last,
     )
-    sums = {**score(), "skipped": float(cases.skipped)}
+    scored = score()
+    sums = {**add(scored), "skipped": float(cases.skipped)}
+    if task.final or (last and not study.federation.personal):
+        report_site(site, task, plan, study, network, cases.validation, scored, device=device)
     if task.final:
-        sums.update(personal_sums(network, plan, site, task, sums, score))
+        sums.update(personal_sums(network, plan, site, task, sums, lambda: add(score())))
     return answer_message(message, status="ok", metrics=sums)
 
 
@@ -226,9 +250,7 @@ def _device(site: Site) -> torch.device:
 @functools.lru_cache(maxsize=1)
 def _built(plan_json: str, device: str) -> nn.Module:
     """Build once a process: simulated sites share long-lived workers."""
-    network = build_model(Plan.from_json(plan_json))
-    placed: nn.Module = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return placed
+    return place(build_model(Plan.from_json(plan_json)), torch.device(device))
 
 
 def _network(

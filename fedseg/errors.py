@@ -6,6 +6,8 @@ FedSegError
 │   └── CaseError    one case is wrong; a round skips it and counts it
 ├── ModelError       a network can't be built, read or run
 ├── SiteError        a site can't or won't take part; carries the one Reason that may leave it
+├── ProtocolError    a message or number that secure aggregation can't take
+│   └── TooFewSites  too few sites are left in a round of it
 └── StudyError       the run can't start or go on
 """
 
@@ -20,9 +22,11 @@ __all__ = [
     "DataError",
     "FedSegError",
     "ModelError",
+    "ProtocolError",
     "Reason",
     "SiteError",
     "StudyError",
+    "TooFewSites",
 ]
 
 _EXPECTED = re.compile(", expected | but image is ")
@@ -71,6 +75,14 @@ class ModelError(FedSegError):
     """A network can't be built, read or run."""
 
 
+class ProtocolError(FedSegError):
+    """A message of secure aggregation is malformed, forged or out of turn, or a number too big."""
+
+
+class TooFewSites(ProtocolError):
+    """Fewer sites than the threshold are left in a round of secure aggregation."""
+
+
 class StudyError(FedSegError):
     """The run can't start or go on."""
 
@@ -96,6 +108,7 @@ class Reason(StrEnum):
     DEADLINE = "deadline"
     UNREACHABLE = "unreachable"
     CRASHED = "crashed"
+    SECURE_AGGREGATION = "secure-aggregation"
     ERROR = "error"
     POLICY_CUSTOM_CODE = "policy-custom-code"
     POLICY_MIN_CASES = "policy-min-cases"
@@ -127,6 +140,7 @@ REASONS: dict[Reason, str] = {
     Reason.DEADLINE: "it didn't answer within the deadline",
     Reason.UNREACHABLE: "its node went away",
     Reason.CRASHED: "its process was killed, most often for lack of memory",
+    Reason.SECURE_AGGREGATION: "it refused or broke secure aggregation; the log there says why",
     Reason.ERROR: "it failed; its own log says why",
     Reason.POLICY_CUSTOM_CODE: "its policy forbids code from outside fedseg (allow-custom-code)",
     Reason.POLICY_MIN_CASES: "it has fewer cases than its policy's min-cases",

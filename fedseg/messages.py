@@ -3,7 +3,8 @@
 Server to site: `arrays` (shared floats), `buffers` (integer state, where the network has any),
 `config` (see `Task`; of a resumed run also the stored study config). Site to server:
 `update` (change of the shared floats), `metrics` (numbers under declared keys), `status` (ok,
-failed or refused, and a reason code), `fingerprint`.
+failed or refused, and a reason code), `fingerprint`. Both ways `secagg`: a message of secure
+aggregation.
 """
 
 import math
@@ -32,6 +33,8 @@ __all__ = [
     "Task",
     "answer_message",
     "greeting_message",
+    "protocol_data",
+    "protocol_record",
     "query_content",
     "read_answer",
     "read_greeting",
@@ -41,7 +44,7 @@ __all__ = [
 
 ARRAYS, BUFFERS, CONFIG = "arrays", "buffers", "config"
 UPDATE, METRICS, STATUS, SITE = "update", "metrics", "status", "site"
-FINGERPRINT = "fingerprint"
+FINGERPRINT, SECAGG = "fingerprint", "secagg"
 
 TRAIN_METRICS = (
     *("cases", "voxels", "annotated", "skipped"),
@@ -151,6 +154,7 @@ class Answer:
         metrics: Numbers the site sent.
         update: Encoded change of the shared floats, None where there is none.
         bytes_up: Size of the arrays received.
+        protocol: Message of secure aggregation, None where there is none.
     """
 
     status: str
@@ -159,6 +163,7 @@ class Answer:
     metrics: Mapping[str, float] = field(default_factory=dict)
     update: ArrayRecord | None = None
     bytes_up: int = 0
+    protocol: bytes | None = None
 
 
 LATE = Answer(status="late", reason=Reason.DEADLINE)
@@ -190,6 +195,7 @@ def answer_message(
     metrics: Mapping[str, float] | None = None,
     update: Mapping[str, torch.Tensor] | None = None,
     fingerprint: str | None = None,
+    protocol: bytes | None = None,
 ) -> Message:
     """Pack a site's answer: numbers under declared keys, and no text but status and reason.
 
@@ -205,6 +211,8 @@ def answer_message(
         content[UPDATE] = state_to_arrays(update)
     if fingerprint is not None:
         content[FINGERPRINT] = ConfigRecord({"json": fingerprint})
+    if protocol is not None:
+        content[SECAGG] = protocol_record(protocol)
     return Message(content, reply_to=to)
 
 
@@ -231,7 +239,19 @@ def read_answer(message: Message, *, declared: Collection[str]) -> Answer:
         return Answer(status="failed", reason=Reason.BAD_UPDATE)
     update = content.array_records.get(UPDATE)
     size = array_bytes(update) if update is not None else 0
-    return Answer(status="ok", metrics=metrics, update=update, bytes_up=size)
+    protocol = protocol_data(message)
+    return Answer(status="ok", metrics=metrics, update=update, bytes_up=size, protocol=protocol)
+
+
+def protocol_record(data: bytes) -> ConfigRecord:
+    """Pack a message of secure aggregation."""
+    return ConfigRecord({"data": data})
+
+
+def protocol_data(message: Message) -> bytes | None:
+    """Unpack a message of secure aggregation, None where there is none."""
+    data = message.content.config_records.get(SECAGG, ConfigRecord()).get("data")
+    return data if isinstance(data, bytes) else None
 
 
 def _numbers(record: MetricRecord, declared: Collection[str]) -> dict[str, float] | None:

@@ -118,7 +118,14 @@ class ModelConfig(Section):
     depth: int | None = Field(
         None, ge=2, le=7, description="levels of resolution; empty: planned; unet++ has 5"
     )
-    init_from: str | None = Field(None, description="start from this .safetensors of fedseg")
+    init_from: str | None = Field(
+        None,
+        description="start from a run (its best model), a .safetensors, a MONAI bundle, a .pt or "
+        "demo; empty: from the seed",
+    )
+    init_partial: bool = Field(
+        False, description="let weights that `init-from` lacks or that don't fit start anew"
+    )
 
 
 class TrainConfig(Section):
@@ -170,13 +177,20 @@ class TrainConfig(Section):
         description="random changes of patches: brightness, contrast, noise; full: also rotation, "
         "scale, blur, gamma and low resolution; nnunet: with nnU-Net's probabilities and flips",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="number format of the forward pass; auto: bf16 where the device has it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="number format of the forward pass; auto: bf16 where the device has it, fp16 "
+        "on a GPU without, else fp32",
     )
     validation_fraction: Fraction = Field(
         0.2, description="share of a site's cases held out for federated metrics"
     )
-    backend: Literal["torch"] = Field("torch", description="training loop")
+    backend: Literal["torch", "lightning"] = Field("torch", description="training loop")
+    lightning: str = Field(
+        "",
+        description="options of Lightning's Trainer: accelerator, precision, deterministic, "
+        'benchmark, such as "precision=16-mixed"; empty: by the site\'s device',
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> "TrainConfig":
@@ -212,7 +226,7 @@ class FederationConfig(Section):
     server_learning_rate: Positive | None = Field(
         None, description="of fedavgm, fedadam, fedyogi, fedadagrad; empty: a safe one for each"
     )
-    server_momentum: Fraction = Field(0.9, description="of fedavgm; beta 1 of fedadam, fedyogi")
+    server_momentum: Fraction = Field(0.5, description="of fedavgm; beta 1 of fedadam, fedyogi")
     malicious_sites: int = Field(
         1, ge=0, description="sites that krum, multikrum and bulyan must survive"
     )
@@ -275,7 +289,21 @@ class PrivacyConfig(Section):
     """Protection of updates."""
 
     mode: Literal["none"] = Field("none", description="differential privacy")
-    secure_aggregation: Literal[False] = Field(False, description="server sees only the sum")
+    secure_aggregation: bool = Field(
+        False, description="the server sees only the sum of the updates; from 3 sites on"
+    )
+    secagg_threshold: Annotated[float, Field(ge=0.5, lt=1)] = Field(
+        0.6, description="a round's sum needs more than this share of its sites"
+    )
+    secagg_clip: Positive = Field(
+        1.0, description="with secure aggregation a site's change of a weight is clipped to it"
+    )
+    secagg_max_weight: Positive = Field(
+        1000.0, description="largest weight a site may have (cases, or as federation.weighting)"
+    )
+    secagg_max_norm: Positive | None = Field(
+        None, description="a site scales an update of larger L2 norm down to it; empty: no bound"
+    )
 
 
 class OutputConfig(Section):

@@ -22,7 +22,8 @@ from fedseg.data.fingerprint import shared_scans
 from fedseg.data.held_out import server_cases
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
-from fedseg.errors import FedSegError, ModelError, StudyError
+from fedseg.errors import FedSegError, StudyError
+from fedseg.federation.compatible import check_compatible
 from fedseg.federation.federation import Federation, ServerEvaluation, Summary
 from fedseg.federation.fingerprints import collect_fingerprints
 from fedseg.federation.head import tumor_rows
@@ -41,12 +42,15 @@ from fedseg.federation.strategies import (
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.logs import show_logs
 from fedseg.registry import is_custom, resolve
+from fedseg.report.at_end import report_run
 from fedseg.report.table import result_table
 from fedseg.segmentation.evaluation import evaluate_cases
+from fedseg.segmentation.lightning_backend import check_backend
 from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.metrics import summarise
-from fedseg.segmentation.model_file import read_model_file, sha256_of
+from fedseg.segmentation.model_file import sha256_of
 from fedseg.segmentation.models import build_model, check_logits, check_patch, parameter_count
+from fedseg.segmentation.start import Source, fit_weights, read_weights
 from fedseg.segmentation.training import choose_device, set_threads
 
 __all__ = ["app", "run_study"]
@@ -104,6 +108,7 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         personal = personal_models(federation) if federation.study.federation.personal else {}
     except BaseException as error:
         folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
+        _report(federation, None)
         raise
     models = sorted(folder.path.glob("model-*.safetensors"))
     hashes = {path.name: sha256_of(path) for path in models}
@@ -111,7 +116,17 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     print(result_table(history), flush=True)
     _say_personal(personal)
     print(f"Run folder: {folder.path}", flush=True)
+    report = _report(federation, federation.network)
+    if report is not None:
+        print(f"Report: {report}", flush=True)
     return folder
+
+
+def _report(federation: Federation, network: nn.Module | None) -> Path | None:
+    simulated = all(site.simulated for site in federation.sites)
+    return report_run(
+        federation.folder.path, network, federation.plan, federation.study, simulated=simulated
+    )
 
 
 def _new(grid: Grid, study: StudyConfig) -> Federation:
@@ -120,12 +135,19 @@ def _new(grid: Grid, study: StudyConfig) -> Federation:
     # is asked for anything.
     plan = make_plan(study)
     network, strategy = _parts(study, plan)
+    check_backend(study.train)
+    source = _source(study)
     sites = _enough_sites(grid, study)
     fingerprints = {}
     if needs_fingerprints(study):
         fingerprints = collect_fingerprints(grid, sites, study)
         plan = make_plan(study, list(fingerprints.values()))
         network, strategy = _parts(study, plan)
+    if source is not None:
+        for note in fit_weights(network, source, allow_partial=study.model.init_partial):
+            log.info("model.init-from: %s", note)
+        if study.federation.shared != "all":
+            log.warning("model.init-from: layers that stay at the sites start from the seed there")
     shared = shared_scans(fingerprints)
     folder = RunFolder.create(study, plan, new_run_id())
     folder.update_manifest(
@@ -212,6 +234,7 @@ def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
         resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
         resolve("train.loss", study.train.loss, LOSSES)
         check_strategy(study)
+        check_compatible(study)
         check_monitor(study.federation.monitor)
         return _initial_network(study, plan), make_strategy(study)
     except ModuleNotFoundError as error:
@@ -227,16 +250,14 @@ def _initial_network(study: StudyConfig, plan: Plan) -> nn.Module:
     network = build_model(plan, seed=study.train.seed)
     if is_custom(plan.model):
         check_logits(network, plan)
-    if study.model.init_from:
-        state, source, _ = read_model_file(Path(study.model.init_from).expanduser())
-        try:
-            network.load_state_dict(state)
-        except RuntimeError:
-            raise ModelError(
-                f"model.init-from: its network is {source.model} of width {source.width} and depth "
-                f"{source.depth}; expected {plan.model}, {plan.width}, {plan.depth}"
-            ) from None
     return network
+
+
+def _source(study: StudyConfig) -> Source | None:
+    """Read the weights to start from, before a site is asked for anything."""
+    if not study.model.init_from:
+        return None
+    return read_weights(study.model.init_from, runs=Path(study.output.dir))
 
 
 def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> ServerEvaluation:
@@ -244,11 +265,18 @@ def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> Serve
     groups = server_cases(study, plan, simulated=simulated)
     device = choose_device("auto")
 
-    def score(network: nn.Module, cases: Sequence[CachedCase]) -> Summary:
-        precision = study.train.precision
-        return summarise(evaluate_cases(network, cases, plan, device=device, precision=precision))
+    def score(network: nn.Module, cases: Sequence[CachedCase], distances: bool) -> Summary:
+        sums = evaluate_cases(
+            network,
+            cases,
+            plan,
+            device=device,
+            precision=study.train.precision,
+            distances=distances,
+        )
+        return summarise(sums)
 
-    def evaluate(network: nn.Module) -> dict[str, Summary]:
-        return {name: score(network, cases) for name, cases in groups.items()}
+    def evaluate(network: nn.Module, *, distances: bool = False) -> dict[str, Summary]:
+        return {name: score(network, cases, distances) for name, cases in groups.items()}
 
     return evaluate

@@ -128,6 +128,13 @@ class SiteConfig(Section):
         description="secret agreed among the sites, not the server: finds scans two sites hold",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; empty: all the node has")
+    signing_key: str | None = Field(
+        None, description="PEM file of an Ed25519 key: signs the keys of secure aggregation"
+    )
+    peers: dict[str, str] | None = Field(
+        None,
+        description="[peers] table, name to Ed25519 public key: secure aggregation with no other",
+    )
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
 
     @field_validator("name")

@@ -284,7 +284,7 @@ def test_an_exception_at_a_site_leaves_no_trace_of_it(
     @contextlib.contextmanager
     def failing(message: Message) -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(site_round, "fit", fit)
+            patch.setitem(site_round.BACKENDS, "torch", fit)
             yield
 
     folder, grid = run_study(three_sites, around={22: failing})

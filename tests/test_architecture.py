@@ -23,8 +23,10 @@ LAYERS = (
     ("messages",),
     ("data",),
     ("segmentation",),
+    ("privacy",),
     ("federation",),
     ("report",),
+    ("bundle",),
     ("commands",),
     ("client_app", "server_app", "cli"),
 )
@@ -38,6 +40,7 @@ FREE_OF_FLOWER = (
     "site_config",
     "data",
     "segmentation",
+    "privacy",
 )
 
 

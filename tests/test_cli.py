@@ -1,7 +1,9 @@
 """Tests of the command line."""
 
+import csv
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +16,14 @@ import numpy as np
 import pytest
 
 from fedseg import __version__, cli
+from fedseg.commands.predict import progress_bar
 from fedseg.config import StudyConfig
 from fedseg.data import phantom
 from fedseg.data.phantom import Phantom, PhantomKind
 from fedseg.data.planning import make_plan
 from fedseg.segmentation.model_file import save_model
 from fedseg.segmentation.models import build_model
+from fedseg.segmentation.postprocess import clean_labels
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -129,7 +133,7 @@ def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
     arguments = ("predict", "--model", model, site / "images", "-o", out)
     code, text, err = run(*arguments)
     assert (code, err) == (0, "")
-    masks = sorted(out.iterdir())
+    masks = sorted(out.glob("*.nii.gz"))
     scans = sorted((site / "images").iterdir())
     assert [path.name for path in masks] == [path.name for path in scans]
     for mask, scan, line in zip(masks, scans, text.splitlines(), strict=True):
@@ -142,13 +146,112 @@ def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
         liver = (values >= 1).sum() * np.prod(original.header.get_zooms()) / 1000
         assert line.startswith(f"{mask}: liver {liver:.0f} mL, tumor ")
 
+    before = [mask.stat().st_mtime_ns for mask in masks]
+    code, again, err = run(*arguments)
+    assert (code, err) == (0, "")
+    kept = "kept (--overwrite replaces it), "
+    assert [line.replace(kept, "") for line in again.splitlines()] == text.splitlines()
+    assert again.count(kept) == len(masks)
+    assert [mask.stat().st_mtime_ns for mask in masks] == before
     masks[0].write_bytes(b"precious")
-    code, text, err = run(*arguments)
-    assert (code, text) == (1, "")
-    assert err.splitlines() == [f"skipped: {mask}: exists; --overwrite" for mask in masks]
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert (
+        err
+        == f"skipped: {masks[0]}: exists, and isn't on the grid of {scans[0]}; say --overwrite\n"
+    )
     assert masks[0].read_bytes() == b"precious"
     assert run(*arguments, "--overwrite")[0] == 0
     assert nib.load(masks[0]).shape == nib.load(scans[0]).shape
+    assert not list(out.glob("*.png"))
+
+
+def test_predict_prints_one_json_line_a_scan(
+    run: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
+    first, second = sorted((site / "images").iterdir())
+    arguments = ("predict", "--model", model, first, second, "-o", tmp_path / "out", "--json")
+    code, text, err = run(*arguments)
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in text.splitlines()]
+    with (tmp_path / "out" / "volumes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for line, row, scan in zip(lines, rows, (first, second), strict=True):
+        assert (line["scan"], line["status"], line["problem"]) == (str(scan), "done", None)
+        assert line["mask"] == str(tmp_path / "out" / scan.name)
+        assert row["scan"] == scan.name.removesuffix(".nii.gz")
+        for key in ("liver_ml", "tumor_ml", "lesions", "seconds"):
+            assert line[key] == pytest.approx(float(row[key]), abs=0.06)
+    second.write_bytes(b"broken")
+    (tmp_path / "out" / second.name).unlink()
+    code, text, err = run(*arguments)
+    assert (code, err) == (1, "")
+    kept, bad = (json.loads(line) for line in text.splitlines())
+    assert (kept["status"], kept["seconds"], kept["lesions"]) == ("kept", None, lines[0]["lesions"])
+    assert (bad["status"], bad["mask"]) == ("skipped", None)
+    assert "not a NIfTI file" in bad["problem"]
+
+
+def test_predict_draws_flips_and_cleans(run: Run, tmp_path: Path, site: Path, model: Path) -> None:
+    scan = min((site / "images").iterdir())
+    masks = {}
+    for name, options in {
+        "plain": ["--no-largest-liver"],
+        "default": ["--overlay"],
+        "inside": ["--tumor-in-liver"],
+        "flips": ["--no-largest-liver", "--flips", "xz"],
+    }.items():
+        out = tmp_path / name
+        assert run("predict", "--model", model, scan, "-o", out, *options)[0] == 0
+        masks[name] = np.asanyarray(nib.load(out / scan.name).dataobj)
+    plain = masks["plain"]
+    for name, tumor in (("default", False), ("inside", True)):
+        expected = clean_labels(plain, largest_liver=True, tumor_in_liver=tumor)
+        assert np.array_equal(masks[name], expected)
+    assert not np.array_equal(masks["flips"], plain)
+    png = (tmp_path / "default" / scan.name.replace(".nii.gz", ".png")).read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_predict_says_in_one_line_that_the_disk_is_full(
+    run: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
+    """A file may have so many bytes and no more: what a full disk is to a program."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "out"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        code, text, err = run("predict", "--model", model, site / "images", "-o", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, text) == (2, "")
+    one_line(err, f"{out}: can't be written (File too large); free space, or give another")
+    assert not list(out.iterdir())
+
+
+def test_predict_shows_time_left_on_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pty = pytest.importorskip("pty")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress_bar(4) as on_progress:
+        assert on_progress is None
+    terminal, end = pty.openpty()
+    with os.fdopen(end, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar(4) as on_progress:
+            assert on_progress is not None
+            on_progress(1.0)
+            print('{"scan": "a"}')  # goes into a file
+            on_progress(3.0)
+        stream.flush()
+        shown = os.read(terminal, 2**16).decode()
+    os.close(terminal)
+    assert "75% of 4 scans, time left" in shown
+    assert 'scan"' not in shown
+    assert capsys.readouterr().out == '{"scan": "a"}\n'
 
 
 def test_predict_never_replaces_its_input(run: Run, site: Path, model: Path) -> None:
@@ -156,7 +259,7 @@ def test_predict_never_replaces_its_input(run: Run, site: Path, model: Path) -> 
     images = site / "images"
     code, _, err = run("predict", "--model", model, images, "-o", images, "--overwrite")
     assert code == 2
-    one_line(err, "its mask would replace it; give another folder with -o")
+    one_line(err, "a mask would replace this scan; give another folder with -o")
     assert {path: path.read_bytes() for path in images.iterdir()} == scans
 
 
@@ -178,6 +281,8 @@ def test_predict_goes_on_after_a_bad_scan(
         ({"model": "no.safetensors"}, "no.safetensors: no such file; give a model-best"),
         ({"scan": "no.nii"}, "no.nii: no such file or folder; correct the path"),
         ({"device": "gpu"}, "--device: got 'gpu'; expected auto, cpu, cuda, cuda:N or mps"),
+        ({"flips": "xx"}, "--flips: got 'xx'; expected some of x, y, z, such as xyz"),
+        ({"flips": "w"}, "--flips: got 'w'; expected some of x, y, z"),
         ({"modality": "pet"}, "--modality: got 'pet'; expected auto, ct or mr"),
         ({"out": "model.safetensors"}, "model.safetensors: can't be made"),
     ],
@@ -187,7 +292,7 @@ def test_predict_errors_are_one_line(
 ) -> None:
     given: dict[str, Any] = {"model": model, "scan": site / "images", "out": tmp_path / "out"}
     given |= {k: tmp_path / v if k in given else v for k, v in change.items()}
-    extra = [f"--{k}={given[k]}" for k in ("device", "modality") if k in given]
+    extra = [f"--{k}={given[k]}" for k in ("device", "modality", "flips") if k in given]
     code, out, err = run(
         "predict", "--model", given["model"], given["scan"], "-o", given["out"], *extra
     )
@@ -215,7 +320,12 @@ def test_evaluate_agrees_with_predicted_masks(
     run: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
     result = json.loads(run("evaluate", "--model", model, site, "--json")[1])
-    run("predict", "--model", model, site / "images", "-o", tmp_path / "out")
+    # evaluate scores a model's masks as they are.
+    as_it_is = ("-o", tmp_path / "out", "--no-largest-liver")
+    run("predict", "--model", model, site / "images", *as_it_is)
+    code, text, _ = run("evaluate", "--predictions", tmp_path / "out", site, "--json")
+    assert code == 0
+    assert json.loads(text) == result
     for name, scores in result["cases"].items():
         found, truth = (
             np.asanyarray(nib.load(folder / f"{name}.nii.gz").dataobj) >= 1
@@ -223,6 +333,61 @@ def test_evaluate_agrees_with_predicted_masks(
         )
         dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
         assert scores["liver.dice"] == pytest.approx(dice)
+
+
+def test_evaluate_writes_a_table_of_cases_and_one_of_lesions(
+    run: Run, tmp_path: Path, site: Path
+) -> None:
+    code, text, err = run(
+        "evaluate", "--predictions", site / "masks", site, "--cases", tmp_path / "cases.csv"
+    )
+    assert (code, err) == (0, "")
+    for words in (
+        "HD95, mm",
+        "volume error, mL",
+        "95% interval",
+        "small: under 10 mm",
+        "all cases",
+    ):
+        assert words in text
+    assert "False lesions: 0.00 a scan" in text
+    with (tmp_path / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == ["case-0000", "case-0001"]
+    assert {row["liver.dice"] for row in rows} == {"1.0"}
+    assert all(float(row["liver.volume_ml"]) > 300 for row in rows)
+
+
+def test_evaluate_compares_two_models_or_folders_case_by_case(
+    run: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
+    both = ("evaluate", "--predictions", site / "masks", "--against", model, site)
+    code, text, err = run(*both)
+    assert (code, err) == (0, "")
+    assert "p (Wilcoxon)" in text
+    found = json.loads(run(*both, "--json")[1])
+    liver = found["against"]["differences"]["liver.dice"]
+    other = found["against"]["all"]["liver.dice"]
+    assert (liver["pairs"], liver["one"]) == (2, 1.0)
+    assert liver["other"] == pytest.approx(other)
+    assert liver["difference"] == pytest.approx(1 - other)
+    assert liver["low"] <= liver["difference"] <= liver["high"]
+
+
+def test_evaluate_needs_exactly_one_of_model_and_predictions(
+    run: Run, site: Path, model: Path
+) -> None:
+    for given, words in (
+        ([], "--model, --predictions: got neither; expected exactly one of them"),
+        (["--model", model, "--predictions", site], "--model, --predictions: got both"),
+        (
+            ["--predictions", site / "none"],
+            "none: no such folder; give the folder of the predicted",
+        ),
+    ):
+        code, out, err = run("evaluate", site, *given)
+        assert (code, out) == (2, "")
+        one_line(err, words)
 
 
 def test_evaluate_skips_bad_cases_and_says_so(run: Run, site: Path, model: Path) -> None:

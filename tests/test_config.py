@@ -83,7 +83,7 @@ def test_empty_text_means_unset(key: str) -> None:
         ("train.optimizer", "adam", "train.optimizer: got 'adam'; expected 'adamw' or 'sgd'"),
         ("train.optimizer-state", "drop", "expected 'reset' or 'keep'"),
         ("train.schedule", "step", "train.schedule: got 'step'; expected 'constant', 'cosine'"),
-        ("train.precision", "fp16", "train.precision: got 'fp16'; expected 'auto', 'fp32' or"),
+        ("train.precision", "fp64", "train.precision: got 'fp64'; expected 'auto', 'fp32', "),
         ("train.backend", "jax", "train.backend: got 'jax'; expected 'torch'"),
         (
             "train.learning-rat",
@@ -108,7 +108,8 @@ def test_empty_text_means_unset(key: str) -> None:
         ("federation.sites", True, "federation.sites: got True; expected a string"),
         ("federation.compression", "zstd", "federation.compression: got 'zstd'; expected 'none'"),
         ("privacy.mode", "central-dp", "privacy.mode: got 'central-dp'; expected 'none'"),
-        ("privacy.secure-aggregation", True, "privacy.secure-aggregation: got True; expected"),
+        ("privacy.secure-aggregation", 1, "privacy.secure-aggregation: got 1; expected"),
+        ("privacy.secagg-threshold", 0.4, "privacy.secagg-threshold: got 0.4; expected at least"),
         ("data.source", "lits", "data.source: got 'lits'; expected 'phantom' or 'folder'"),
         ("data.partition", "random", "data.partition: got 'random'; expected 'iid', 'size'"),
         ("data.partition", "folders", "data.partition: got 'folders' with data.source = \"phantom"),
@@ -178,7 +179,6 @@ def test_digest_covers_all_but_output() -> None:
         "federation.late",
         "federation.shared",
         "privacy.mode",
-        "privacy.secure-aggregation",
     }
     assert base.digest() == StudyConfig().digest()
     assert re.fullmatch("[0-9a-f]{64}", base.digest())

@@ -25,7 +25,7 @@ from fedseg.site_config import LabelMap
 
 __all__ = ["CachedCase", "cache_bytes", "cached_case"]
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when preprocessing changes: old entries are then not found."""
 
 _MAX_FOREGROUND = 20_000

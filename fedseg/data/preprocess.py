@@ -40,24 +40,37 @@ class Placement:
 
     Attributes:
         shape: Shape `[X, Y, Z]` of the scan, RAS axis order.
+        spacing: mm a voxel of the scan.
         grid: Shape of the whole scan at the plan's spacing.
         box: Where the crop lies in that grid.
     """
 
     shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
     grid: tuple[int, int, int]
     box: Box
 
     def to_json(self) -> dict[str, list[Any]]:
         """Write as JSON values."""
         sides = [[side.start, side.stop] for side in self.box]
-        return {"shape": list(self.shape), "grid": list(self.grid), "box": sides}
+        return {
+            "shape": list(self.shape),
+            "spacing": list(self.spacing),
+            "grid": list(self.grid),
+            "box": sides,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, list[Any]]) -> "Placement":
         """Read what `to_json` wrote."""
         x, y, z = (slice(start, stop) for start, stop in values["box"])
-        return cls(shape=_three(values["shape"]), grid=_three(values["grid"]), box=(x, y, z))
+        a, b, c = values["spacing"]
+        return cls(
+            shape=_three(values["shape"]),
+            spacing=(float(a), float(b), float(c)),
+            grid=_three(values["grid"]),
+            box=(x, y, z),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +128,9 @@ def prepare(scan: Volume, plan: Plan, *, modality: Modality = "auto") -> Prepare
     np.clip(cropped, -2, 2, out=cropped)
     return Prepared(
         image=cropped,
-        placement=Placement(shape=_three(scan.array.shape), grid=grid, box=box),
+        placement=Placement(
+            shape=_three(scan.array.shape), spacing=scan.spacing, grid=grid, box=box
+        ),
     )
 
 

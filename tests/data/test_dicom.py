@@ -21,11 +21,12 @@ from fedseg.config import StudyConfig
 from fedseg.data import dicom_series, volumes
 from fedseg.data.cases import files_of
 from fedseg.data.planning import make_plan
+from fedseg.data.scans import scans_of
 from fedseg.data.sites import find_cases, site_cases
 from fedseg.data.volumes import read_image, read_mask, write_mask
 from fedseg.errors import CaseError, ConfigError, DataError
 from fedseg.segmentation.models import build_model
-from fedseg.segmentation.predict import predict_files, scans_of
+from fedseg.segmentation.predict import predict_files
 from fedseg.site_config import SiteConfig
 
 ANGLE = np.deg2rad(20)
@@ -525,7 +526,11 @@ def test_predict_writes_one_mask_a_series(tmp_path: Path) -> None:
         device=torch.device("cpu"),
     )
     assert [result.problem for result in results] == [None, None]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["p1.nii.gz", "p2.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "p1.nii.gz",
+        "p2.nii.gz",
+        "volumes.csv",
+    ]
     scan = read_image(tmp_path / "scans" / "p1")
     assert read_mask(tmp_path / "out" / "p1.nii.gz", image=scan).array.shape == scan.array.shape
 

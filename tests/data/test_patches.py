@@ -35,7 +35,12 @@ def make_case(
             "tumor": np.flatnonzero(labels == 2),
         },
         truth=labels,
-        placement=Placement(shape=shape, grid=shape, box=tuple(slice(0, n) for n in shape)),  # type: ignore[arg-type]
+        placement=Placement(
+            shape=shape,
+            spacing=(1.0, 1.0, 1.0),
+            grid=shape,
+            box=tuple(slice(0, n) for n in shape),  # type: ignore[arg-type]
+        ),
     )
 
 

@@ -173,7 +173,10 @@ def test_outside_the_crop_is_background() -> None:
 
 def test_placement_survives_json() -> None:
     placement = Placement(
-        shape=(512, 512, 90), grid=(128, 128, 150), box=(slice(3, 120), slice(0, 64), slice(9, 99))
+        shape=(512, 512, 90),
+        spacing=(0.7, 0.7, 2.5),
+        grid=(128, 128, 150),
+        box=(slice(3, 120), slice(0, 64), slice(9, 99)),
     )
     assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
 

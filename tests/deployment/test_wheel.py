@@ -75,13 +75,14 @@ def files(*folders: str) -> set[str]:
     }
 
 
-def test_wheel_is_fedseg_and_nothing_else(packages: Packages) -> None:
+def test_wheel_is_fedseg_with_its_weights_and_nothing_else(packages: Packages) -> None:
     with zipfile.ZipFile(packages.wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == files("fedseg")
+    assert code == files("fedseg", "fedseg_weights")
+    assert "fedseg_weights/demo.safetensors" in code
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert "Name: fedseg" in lines
     assert any(line.startswith("Requires-Dist: torch>=") for line in lines)
@@ -93,9 +94,11 @@ def test_sdist_has_code_tests_and_license(packages: Packages) -> None:
         for path in packages.source.rglob("*")
         if path.is_file()
     }
-    wanted = {"pyproject.toml", "LICENSE", "README.md", *files("fedseg", "tests")}
+    wanted = {"pyproject.toml", "LICENSE", "README.md", *files("fedseg", "fedseg_weights", "tests")}
     assert wanted <= found
-    assert not [name for name in found if name.endswith((".nii.gz", ".safetensors", ".pyc"))]
+    assert not [name for name in found if name.endswith((".nii.gz", ".pyc"))]
+    weights = [name for name in found if name.endswith(".safetensors")]
+    assert weights == ["fedseg_weights/demo.safetensors"]
 
 
 def test_command_line_of_the_wheel(
@@ -105,6 +108,9 @@ def test_command_line_of_the_wheel(
     assert Path(where.strip()).is_relative_to(packages.bin.parent)
     report = workplace.call(packages.bin / "fedseg", "check", phantoms / "site-0", "--json")
     assert json.loads(report)["usable"] == 4
+    bundle = workplace.root / "demo-bundle"
+    workplace.call(packages.bin / "fedseg", "export", "demo", "-o", bundle)
+    assert (bundle / "models" / "model.ts").is_file()
     version = workplace.call(packages.bin / "fedseg", "--version")
     assert version.strip() == f"fedseg {importlib.metadata.version('fedseg')}"
 
