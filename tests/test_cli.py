@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from fedseg import __version__, cli
-from fedseg.commands.predict import progress_bar
 from fedseg.config import StudyConfig
 from fedseg.data import phantom
 from fedseg.data.phantom import Phantom, PhantomKind
@@ -228,30 +226,6 @@ def test_predict_says_in_one_line_that_the_disk_is_full(
     assert (code, text) == (2, "")
     one_line(err, f"{out}: can't be written (File too large); free space, or give another")
     assert not list(out.iterdir())
-
-
-def test_predict_shows_time_left_on_a_terminal_alone(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pty = pytest.importorskip("pty")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    with progress_bar(4) as on_progress:
-        assert on_progress is None
-    terminal, end = pty.openpty()
-    with os.fdopen(end, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        with progress_bar(4) as on_progress:
-            assert on_progress is not None
-            on_progress(1.0)
-            print('{"scan": "a"}')  # goes into a file
-            on_progress(3.0)
-        stream.flush()
-        shown = os.read(terminal, 2**16).decode()
-    os.close(terminal)
-    assert "75% of 4 scans, time left" in shown
-    assert 'scan"' not in shown
-    assert capsys.readouterr().out == '{"scan": "a"}\n'
 
 
 def test_predict_never_replaces_its_input(run: Run, site: Path, model: Path) -> None:
