@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from fedseg import __version__, cli
+from fedseg.commands.predict import progress_bar
 from fedseg.config import StudyConfig
 from fedseg.data import phantom
 from fedseg.data.phantom import Phantom, PhantomKind
@@ -226,6 +228,32 @@ def test_predict_says_in_one_line_that_the_disk_is_full(
     assert (code, text) == (2, "")
     one_line(err, f"{out}: can't be written (File too large); free space, or give another")
     assert not list(out.iterdir())
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_predict_shows_time_left_on_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress_bar(4) as on_progress:
+        assert on_progress is None
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar(4) as on_progress:
+        assert on_progress is not None
+        on_progress(1.0)
+        print("a line")  # goes into a file
+        on_progress(3.0)
+    assert "75% of 4 scans, time left" in terminal.getvalue()  # drawn at the end at the latest
+    assert "a line" not in terminal.getvalue()
+    assert capsys.readouterr().out == "a line\n"
 
 
 def test_predict_never_replaces_its_input(run: Run, site: Path, model: Path) -> None:
