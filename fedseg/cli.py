@@ -13,6 +13,7 @@ from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
 from fedseg.commands.predict import predict
 from fedseg.commands.report import report
+from fedseg.commands.watch import watch
 from fedseg.errors import FedSegError
 from fedseg.logs import show_logs
 
@@ -62,5 +63,5 @@ def _version(
         raise typer.Exit
 
 
-for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report):
+for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report, watch):
     app.command()(command)

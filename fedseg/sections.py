@@ -311,3 +311,8 @@ class OutputConfig(Section):
 
     dir: str = Field("~/.fedseg/runs", min_length=1, description="run folders go here")
     resume: str = Field("", description="id or folder of a run to go on with")
+    trackers: str = Field(
+        "",
+        description="who else gets each round's numbers: tensorboard, mlflow, wandb or "
+        "pkg.mod:function, several with commas; empty: nobody",
+    )

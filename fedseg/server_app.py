@@ -44,6 +44,7 @@ from fedseg.logs import show_logs
 from fedseg.registry import is_custom, resolve
 from fedseg.report.at_end import report_run
 from fedseg.report.table import result_table
+from fedseg.report.trackers import check_trackers, tracking
 from fedseg.segmentation.evaluation import evaluate_cases
 from fedseg.segmentation.lightning_backend import check_backend
 from fedseg.segmentation.losses import LOSSES
@@ -104,7 +105,8 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     folder.update_manifest(status="running", error=None, sites=sites)
     folder.add_flower_run(context.run_id)
     try:
-        history = run_rounds(federation)
+        with tracking(folder.path, federation.study) as federation.tell:
+            history = run_rounds(federation)
         personal = personal_models(federation) if federation.study.federation.personal else {}
     except BaseException as error:
         folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
@@ -236,6 +238,7 @@ def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
         check_strategy(study)
         check_compatible(study)
         check_monitor(study.federation.monitor)
+        check_trackers(study)
         return _initial_network(study, plan), make_strategy(study)
     except ModuleNotFoundError as error:
         raise StudyError(

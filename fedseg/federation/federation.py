@@ -1,8 +1,8 @@
 """The federation: what every round needs, and the messages it sends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -47,6 +47,7 @@ class Federation:
         folder: The run folder.
         evaluate: Scores a network on the server's own cases: `global`, `unseen`.
         progress: How far the run is.
+        tell: Is told each line of the history, once it is written.
     """
 
     grid: Grid
@@ -59,6 +60,7 @@ class Federation:
     folder: RunFolder
     evaluate: ServerEvaluation
     progress: Progress = field(default_factory=Progress)
+    tell: Callable[[Mapping[str, Any]], None] = lambda _: None
 
     def split(self) -> SplitState:
         """Split the global model's state into shared, local and integer tensors."""

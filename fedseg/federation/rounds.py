@@ -61,6 +61,7 @@ def _keep(federation: Federation, line: dict[str, Any]) -> None:
             f"space, then go on with output.resume='{folder.name}'"
         ) from None
     shutil.rmtree(folder / "checkpoint" / "spool", ignore_errors=True)
+    federation.tell(line)
 
 
 def _write(federation: Federation, line: dict[str, Any]) -> None:

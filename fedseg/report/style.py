@@ -137,7 +137,11 @@ summary { cursor: pointer; font-weight: 600; }
   .figures { grid-template-columns: 1fr 1fr; }
   .pair { grid-template-columns: 1fr 1fr; }
   details::details-content { display: block; content-visibility: visible; block-size: auto; }
-  table { font-size: .85em; }
+  table { font-size: .8em; }
+  th, td { padding: .25rem .4rem; }
+  .numbers td, tbody th { white-space: normal; }
+  .numbers small { white-space: nowrap; }
+  .bar { min-width: 0; }
   @page { margin: 15mm; }
 }
 """
