@@ -134,15 +134,19 @@ def decode_values(words: Words, total_weight: float, encoding: Encoding) -> np.n
     """Turn summed words `[N]` into the weighted mean, float32 `[N]`.
 
     Raises:
-        ProtocolError: The sum of the weights is 0.
+        ProtocolError: The sum of the weights is 0, or weights or values are larger than sites that
+            keep to the terms can have sent.
     """
-    if not total_weight > 0:
-        raise ProtocolError("weights: got a sum of 0; expected one above 0")
+    if not 0 < total_weight <= encoding.sites * encoding.max_weight:
+        raise ProtocolError(f"weights: got a sum of {total_weight:g}; expected one above 0")
     factor = encoding.clip * encoding.max_weight / (encoding.scale * total_weight)
+    most = (1 + 1e-6) * encoding.clip + encoding.sites * factor  # each was rounded by 1 at most
     mean = np.empty(len(words), np.float32)
     for start in range(0, len(words), _CHUNK):
-        part = words[start : start + _CHUNK].view(np.int32)
-        mean[start : start + _CHUNK] = part * factor
+        part = words[start : start + _CHUNK].view(np.int32) * factor
+        if np.abs(part).max() > most:
+            raise ProtocolError("sum: got values larger than the clip; a site sent other words")
+        mean[start : start + _CHUNK] = part
     return mean
 
 

@@ -101,8 +101,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for bad in ({"sites": 0}, {"sites": 1025}, {"clip": 0.0}, {"max_weight": math.inf}):
         with pytest.raises(ProtocolError):
             Encoding(**{"sites": 3, "clip": 0.5, "max_weight": 10.0, **bad})  # type: ignore[arg-type]
-    with pytest.raises(ProtocolError, match="weights"):
-        decode_values(np.zeros(1, np.uint32), 0.0, encoding)
+    for total in (0.0, -1.0, 31.0, math.nan):
+        with pytest.raises(ProtocolError, match="weights"):
+            decode_values(np.zeros(1, np.uint32), total, encoding)
+    noise = np.random.default_rng(0).integers(0, 2**32, 1000, np.uint32)
+    with pytest.raises(ProtocolError, match="other words"):
+        decode_values(noise, 15.0, encoding)
 
 
 @given(
