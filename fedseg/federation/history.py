@@ -1,5 +1,6 @@
 """Lines of `history.jsonl`: what they hold, which number in them is the score, how they read."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,15 +47,18 @@ def score(line: Mapping[str, Any], monitor: str = "") -> float | None:
     return None
 
 
+_NOT_A_SCORE = re.compile(r"hd95|assd|volume_(abs_)?(error_)?ml|false|cases|skipped|lesions")
+"""Counts, and what is better where it is lower: the best model has the highest score."""
+
+
 def check_monitor(monitor: str) -> None:
     """Check `federation.monitor` before anything starts.
 
     Raises:
         ConfigError: No line of the history can have such a metric.
     """
-    known = [
-        f"{scope}.{key}" for scope in ("global", "federated") for key in summarise(empty_sums())
-    ]
+    keys = [key for key in summarise(empty_sums()) if not _NOT_A_SCORE.search(key)]
+    known = [f"{scope}.{key}" for scope in ("global", "federated") for key in keys]
     if monitor and monitor not in known:
         raise ConfigError(
             f"federation.monitor: got '{monitor}'{did_you_mean(monitor, known)}; expected global "

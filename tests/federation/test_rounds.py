@@ -12,7 +12,7 @@ from flwr.app import Array, Message
 from local_grid import LocalGrid
 from safetensors.torch import load_file
 
-from fedseg.errors import StudyError
+from fedseg.errors import ConfigError, StudyError
 
 Run = Callable[..., Any]
 
@@ -150,9 +150,12 @@ def test_training_ends_when_nothing_gets_better(run_study: Run, sites: dict[int,
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
 
 
-def test_a_monitor_that_no_line_has_is_refused(run_study: Run, sites: dict[int, Any]) -> None:
-    with pytest.raises(Exception, match=r"federation\.monitor: got"):
-        run_study(sites, {**ALL, "federation.monitor": "federated.liver.dise"})
+@pytest.mark.parametrize("key", ["liver.dise", "liver.hd95", "liver.volume_error_ml", "cases"])
+def test_a_monitor_that_no_line_has_or_that_falls_as_models_get_better_is_refused(
+    key: str, run_study: Run, sites: dict[int, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"federation\.monitor: got"):
+        run_study(sites, {**ALL, "federation.monitor": f"federated.{key}"})
 
 
 def test_a_time_budget_ends_a_round(run_study: Run, sites: dict[int, Any]) -> None:
