@@ -148,7 +148,7 @@ for _action, _step in SECURE_STEPS.items():
 def train(message: Message, context: Context, study: StudyConfig) -> Message:
     """Train the global model on the site's cases and answer with the change."""
     task, plan, site = _accept(message, context, study)
-    secure = received(message, context, study)
+    secure = received(message, context, study, site)
     cases = _cases(site, plan, study)
     if len(cases.training) + len(cases.validation) < site.config.policy.min_cases:
         raise SiteError(Reason.POLICY_MIN_CASES)

@@ -20,6 +20,7 @@ from fedseg.data.node import Site
 from fedseg.data.plan import REGIONS
 from fedseg.data.preprocess import AIR_HU, modality_of
 from fedseg.data.volumes import Volume, read_image, read_mask
+from fedseg.data.whole_file import replace_file
 from fedseg.errors import CaseError, Reason, SiteError
 from fedseg.site_config import SiteConfig
 
@@ -153,9 +154,7 @@ def _name(case: Case, config: SiteConfig) -> str:
 def _keep(path: Path, content: object) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(content).encode())
     except OSError as error:
         log.warning("can't keep measures in the cache (%s)", error.strerror)
 

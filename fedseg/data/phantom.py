@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from scipy import ndimage
 
 from fedseg.data.anatomy import Body, Point, Tissue, draw_vessels, paint_patient
 from fedseg.data.tumors import FloatArray, implant_tumors
+from fedseg.data.whole_file import replace_file
 
 __all__ = [
     "KINDS",
@@ -253,24 +252,18 @@ def write_phantom_site(
         if all(target.exists() for target in targets):
             continue
         case = make_phantom(kind, seed)
-        _replace(targets[0], _nifti(case.image, case.affine))
-        _replace(targets[1], _nifti(case.mask, case.affine))
+        replace_file(targets[0], _nifti(case.image, case.affine))
+        replace_file(targets[1], _nifti(case.mask, case.affine))
     settings = {"name": name, "layout": "images-masks", "modality": "ct", "labels": "liver,tumor"}
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
     lines += ["\n[policy]\n", "min-count = 1  # nobody to protect in a phantom\n"]
-    _replace(directory / "site.toml", "".join(lines).encode())
+    replace_file(directory / "site.toml", "".join(lines).encode())
 
 
 def _nifti(array: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> bytes:
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
-
-
-def _replace(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, target)
 
 
 def _tissue_hu(kind: PhantomKind, rng: np.random.Generator) -> FloatArray:

@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / _FILE, tensors, metadata=metadata, durable=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise StudyError(
             f"{folder}: the checkpoint can't be written ({error}); the last one is whole: free "
             "space, then go on with output.resume"

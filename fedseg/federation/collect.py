@@ -19,6 +19,7 @@ from fedseg.federation.spool import open_update, spool
 from fedseg.messages import TRAIN_METRICS, Answer
 
 __all__ = [
+    "FORGET_AFTER",
     "Collected",
     "Inbox",
     "Update",
@@ -28,6 +29,10 @@ __all__ = [
     "site_line",
     "spooled_before",
 ]
+
+
+FORGET_AFTER = 2
+"""Rounds after which a site that hasn't answered is asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import fedseg
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
+from fedseg.data.whole_file import replace_file
 from fedseg.errors import StudyError
 
 __all__ = ["RunFolder", "new_run_id"]
@@ -81,9 +82,7 @@ class RunFolder:
         )
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        replace_file(self.path / name, text.encode())
 
     def append_history(self, line: Mapping[str, Any]) -> None:
         """Add one round to `history.jsonl`; on disk when this returns."""

@@ -15,7 +15,7 @@ from flwr.app import Message, RecordDict
 
 from fedseg.arrays import array_bytes, arrays_to_state
 from fedseg.errors import ProtocolError, Reason, StudyError, TooFewSites
-from fedseg.federation.collect import site_line
+from fedseg.federation.collect import FORGET_AFTER, site_line
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation
 from fedseg.federation.flat import layout_of
@@ -34,9 +34,6 @@ __all__ = ["secure_change", "take_late"]
 log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
-
-_FORGET_AFTER = 2
-"""Rounds after which a site that hasn't answered is asked again."""
 
 
 @dataclass(kw_only=True)
@@ -281,7 +278,7 @@ def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> N
     late = federation.progress.late
     for name, (asked, message_id) in sorted(late.items()):
         replies: Collection[Message] = list(federation.grid.pull_messages([message_id]))
-        if not replies and number - asked <= _FORGET_AFTER:
+        if not replies and number - asked <= FORGET_AFTER:
             entries["sites"][name] = site_line(LATE)
             continue
         del late[name]

@@ -122,6 +122,12 @@ def _save(context: Context, state: State) -> None:
     )
 
 
+def _answer(message: Message, context: Context, state: State, data: bytes) -> Message:
+    """Keep the state that a step ends with, and answer."""
+    _save(context, state)
+    return answer_message(message, status="ok", protocol=data)
+
+
 def forget(context: Context, number: int) -> None:
     """Forget the secrets of a round that is over: failed, or without this site's shares."""
     state = _load(context)
@@ -134,8 +140,7 @@ def _keys(message: Message, context: Context, study: StudyConfig) -> Message:
     signer, _ = _identity(site)
     terms = _terms(message, study)
     state, data = secagg.start(terms, name=site.name, signer=signer, before=_load(context))
-    _save(context, state)
-    return answer_message(message, status="ok", protocol=data)
+    return _answer(message, context, state, data)
 
 
 def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -147,24 +152,21 @@ def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
         pinned=pinned,
         least=max(LEAST_SITES, study.federation.min_sites),
     )
-    _save(context, state)
-    return answer_message(message, status="ok", protocol=data)
+    return _answer(message, context, state, data)
 
 
 def _confirm(message: Message, context: Context, study: StudyConfig) -> Message:
     signer, _ = _identity(open_site(context.node_config, study, make_phantoms=False))
     terms = _terms(message, study)
     state, data = secagg.confirm(_loaded(context), protocol_data(message), terms, signer=signer)
-    _save(context, state)
-    return answer_message(message, status="ok", protocol=data)
+    return _answer(message, context, state, data)
 
 
 def _unmask(message: Message, context: Context, study: StudyConfig) -> Message:
     _, pinned = _identity(open_site(context.node_config, study, make_phantoms=False))
     terms = _terms(message, study)
     state, data = secagg.reveal(_loaded(context), protocol_data(message), terms, pinned=pinned)
-    _save(context, state)
-    return answer_message(message, status="ok", protocol=data)
+    return _answer(message, context, state, data)
 
 
 SECURE_STEPS: dict[str, Callable[[Message, Context, StudyConfig], Message]] = {
@@ -176,7 +178,7 @@ SECURE_STEPS: dict[str, Callable[[Message, Context, StudyConfig], Message]] = {
 """Action of the query to the step that answers it; the masked words answer `train`."""
 
 
-def received(message: Message, context: Context, study: StudyConfig) -> State | None:
+def received(message: Message, context: Context, study: StudyConfig, site: Site) -> State | None:
     """Take the neighbours' shares that come with the train message; None without the protocol.
 
     Raises:
@@ -185,7 +187,6 @@ def received(message: Message, context: Context, study: StudyConfig) -> State | 
     """
     if not study.privacy.secure_aggregation:
         return None
-    site = open_site(context.node_config, study, make_phantoms=False)
     if is_custom(study.federation.weighting) and not site.config.policy.allow_custom_code:
         raise SiteError(Reason.POLICY_CUSTOM_CODE)
     return secagg.receive(_loaded(context), protocol_data(message), _terms(message, study))

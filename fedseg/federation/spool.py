@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from fedseg.errors import StudyError
 from fedseg.federation.codecs import Parts
@@ -90,7 +89,7 @@ def spool(folder: Path, site: str, parts: Mapping[str, torch.Tensor], *, scheme:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, parts, metadata=notes)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise StudyError(
             f"{folder}: an update can't be written ({error}); free space, then go on with "
             "output.resume"

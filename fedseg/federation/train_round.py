@@ -14,6 +14,7 @@ from flwr.app import Message, RecordDict
 from fedseg.arrays import array_bytes
 from fedseg.errors import Reason, StudyError
 from fedseg.federation.collect import (
+    FORGET_AFTER,
     Inbox,
     Update,
     collect,
@@ -44,9 +45,6 @@ _DRAW = 17
 """Keeps the draw of sites apart from other uses of the seed."""
 
 _BAD = (Reason.BAD_UPDATE.value, Reason.NOT_FINITE.value)
-
-_FORGET_AFTER = 2
-"""Rounds after which a site that hasn't answered is asked again."""
 
 
 def train_round(federation: Federation, number: int) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def _late_updates(
     for name, (asked, message_id) in sorted(late.items()):
         age = number - asked
         found = pull_late(federation.grid, name, message_id, inbox, age=age)
-        if found is None and age <= _FORGET_AFTER:
+        if found is None and age <= FORGET_AFTER:
             entries["sites"][name] = site_line(LATE)
             continue
         del late[name]

@@ -2,13 +2,13 @@
 
 import base64
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedseg.data.whole_file import replace_file
 from fedseg.errors import StudyError
 from fedseg.report.alone import compared, differences, matrices
 from fedseg.report.amounts import UNDEFINED
@@ -42,13 +42,10 @@ def write_page(path: Path, content: str) -> Path:
     Raises:
         StudyError: It can't be written.
     """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
+        replace_file(path, content.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StudyError(
             f"{path}: can't be written ({error.strerror}); free space or allow it"
         ) from None

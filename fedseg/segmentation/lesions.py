@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import ndimage
 
-from fedseg.segmentation.surface import bounding_box
+from fedseg.segmentation.boxes import bounding_box
 
 __all__ = ["BANDS", "LESION_COUNTS", "LESION_OVERLAP", "count_lesions", "lesion_summary"]
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedseg.data.plan import REGIONS
+from fedseg.segmentation.boxes import bounding_box
 from fedseg.segmentation.lesions import (
     LESION_COUNTS,
     LESION_OVERLAP,
     count_lesions,
     lesion_summary,
 )
-from fedseg.segmentation.surface import SURFACE_METRICS, bounding_box, surface_metrics
+from fedseg.segmentation.surface import SURFACE_METRICS, surface_metrics
 
 __all__ = [
     "METRICS",

@@ -4,6 +4,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from fedseg.segmentation.boxes import bounding_box
+
 __all__ = ["clean_labels", "lesion_count"]
 
 _TOUCHING = np.ones((3, 3, 3), bool)
@@ -31,7 +33,7 @@ def clean_labels(labels: Labels, *, largest_liver: bool, tumor_in_liver: bool) -
     """
     if not (largest_liver or tumor_in_liver):
         return labels
-    box = _box(labels)
+    box = bounding_box(labels)
     components, count = ndimage.label(labels[box], _TOUCHING)
     voxels = np.zeros((3, count + 1), np.int64)
     for rows in _slabs(components):
@@ -57,22 +59,8 @@ def clean_labels(labels: Labels, *, largest_liver: bool, tumor_in_liver: bool) -
 def lesion_count(labels: Labels) -> int:
     """Count tumours of labels `[X, Y, Z]`: components of label 2, touching by a corner at least."""
     tumor = labels == 2
-    return int(ndimage.label(tumor[_box(tumor)], _TOUCHING)[1])
+    return int(ndimage.label(tumor[bounding_box(tumor)], _TOUCHING)[1])
 
 
 def _slabs(array: np.ndarray) -> list[slice]:
     return [slice(start, start + _ROWS) for start in range(0, len(array), _ROWS)]
-
-
-def _box(labels: np.ndarray) -> tuple[slice, slice, slice]:
-    """Box of all that isn't 0; an empty one where all is."""
-    seen = [np.zeros(n, bool) for n in labels.shape]
-    for row, plane in enumerate(labels):  # a plane at a time: no second volume
-        seen[0][row] = plane.any()
-        if seen[0][row]:
-            seen[1] |= plane.any(1)
-            seen[2] |= plane.any(0)
-    if not seen[0].any():
-        return (slice(0, 0),) * 3
-    x, y, z = (slice(int(side.argmax()), len(side) - int(side[::-1].argmax())) for side in seen)
-    return (x, y, z)

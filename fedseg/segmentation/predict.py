@@ -20,6 +20,7 @@ from fedseg.data.plan import Plan
 from fedseg.data.preprocess import Modality
 from fedseg.data.scans import mask_names
 from fedseg.data.volumes import Volume, read_image, read_mask, write_mask
+from fedseg.data.whole_file import replace_file
 from fedseg.errors import CaseError, DataError, ModelError
 from fedseg.segmentation.inference import (
     OnWindows,
@@ -35,7 +36,6 @@ from fedseg.segmentation.volume_table import (
     add_row,
     findings_of,
     read_rows,
-    replace_file,
 )
 
 __all__ = ["Prediction", "predict_files"]

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["SURFACE_METRICS", "bounding_box", "surface_distances", "surface_metrics"]
+from fedseg.segmentation.boxes import bounding_box
+
+__all__ = ["SURFACE_METRICS", "surface_distances", "surface_metrics"]
 
 SURFACE_METRICS = ("hd95", "assd", "nsd")
-
-Box = tuple[slice, ...]
 
 
 def surface_metrics(
@@ -73,13 +73,3 @@ def _to_nearest(here: np.ndarray, there: np.ndarray, spacing: Sequence[float]) -
     steps = nearest[:, here] - np.array(np.nonzero(here))
     apart: np.ndarray = np.linalg.norm(steps * np.asarray(spacing, np.float64)[:, None], axis=0)
     return apart
-
-
-def bounding_box(region: np.ndarray) -> Box:
-    """Smallest box that holds a region `[X, Y, Z]`; of an empty one, an empty box."""
-    sides = []
-    for axis in range(region.ndim):
-        others = tuple(n for n in range(region.ndim) if n != axis)
-        found = np.flatnonzero(region.any(axis=others))
-        sides.append(slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0))
-    return tuple(sides)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from fedseg.data.volumes import Volume
+from fedseg.data.whole_file import replace_file
 from fedseg.errors import DataError
 from fedseg.segmentation.postprocess import lesion_count
 
-__all__ = ["COLUMNS", "VOLUMES", "Findings", "add_row", "findings_of", "read_rows", "replace_file"]
+__all__ = ["COLUMNS", "VOLUMES", "Findings", "add_row", "findings_of", "read_rows"]
 
 VOLUMES = "volumes.csv"
 """Name of the table in a folder of masks."""
@@ -103,17 +103,3 @@ def _as_text(rows: Mapping[str, Mapping[str, str]]) -> str:
     writer.writeheader()
     writer.writerows(rows.values())
     return text.getvalue()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all.
-
-    Raises:
-        OSError: It can't be written.
-    """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

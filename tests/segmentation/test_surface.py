@@ -16,7 +16,8 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from fedseg.data.volumes import read_mask
-from fedseg.segmentation.surface import bounding_box, surface_distances, surface_metrics
+from fedseg.segmentation.boxes import bounding_box
+from fedseg.segmentation.surface import surface_distances, surface_metrics
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("FEDSEG_REAL_DATA") or CHECKOUT.parent / "shared" / "data" / "real")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from fedseg.data.volumes import Volume
+from fedseg.data.whole_file import replace_file
 from fedseg.errors import DataError
 from fedseg.segmentation.volume_table import (
     Findings,
     add_row,
     findings_of,
     read_rows,
-    replace_file,
 )
 
 ONE = Findings(liver_ml=1501.234, tumor_ml=12.0, lesions=2)
