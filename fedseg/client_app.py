@@ -22,7 +22,7 @@ from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, ModelError, ProtocolError, Reason, SiteError
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.flat import layout_of
-from fedseg.federation.secure_site import SECURE_STEPS, forget, masked_answer, received
+from fedseg.federation.secure_site import SECURE_STEPS, masked_answer, masked_sums, received
 from fedseg.federation.site_round import (
     kept_folder,
     local_layers,
@@ -148,7 +148,7 @@ for _action, _step in SECURE_STEPS.items():
 def train(message: Message, context: Context, study: StudyConfig) -> Message:
     """Train the global model on the site's cases and answer with the change."""
     task, plan, site = _accept(message, context, study)
-    secure = received(message, context, study, site)
+    secure = received(message, context, study, site, "train")
     cases = _cases(site, plan, study)
     if len(cases.training) + len(cases.validation) < site.config.policy.min_cases:
         raise SiteError(Reason.POLICY_MIN_CASES)
@@ -189,7 +189,7 @@ def _check_size(site: Site, size: int) -> None:
 def evaluate(message: Message, context: Context, study: StudyConfig) -> Message:
     """Score the global model on the site's held-out cases and answer with sums and counts."""
     task, plan, site = _accept(message, context, study)
-    forget(context, task.round_number)
+    secure = received(message, context, study, site, "final" if task.final else "evaluate")
     cases = _cases(site, plan, study)
     device = _device(site)
     kept = kept_folder(site, task.study_run, task.round_number)
@@ -211,6 +211,8 @@ def evaluate(message: Message, context: Context, study: StudyConfig) -> Message:
         report_site(site, task, plan, study, network, cases.validation, scored, device=device)
     if task.final:
         sums.update(personal_sums(network, plan, site, task, sums, lambda: add(score())))
+    if secure is not None:
+        return masked_sums(message, context, study, site, secure, sums)
     return answer_message(message, status="ok", metrics=sums)
 
 

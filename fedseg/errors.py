@@ -109,6 +109,7 @@ class Reason(StrEnum):
     UNREACHABLE = "unreachable"
     CRASHED = "crashed"
     SECURE_AGGREGATION = "secure-aggregation"
+    SENT_ALREADY = "sent-already"
     ERROR = "error"
     POLICY_CUSTOM_CODE = "policy-custom-code"
     POLICY_MIN_CASES = "policy-min-cases"
@@ -141,6 +142,7 @@ REASONS: dict[Reason, str] = {
     Reason.UNREACHABLE: "its node went away",
     Reason.CRASHED: "its process was killed, most often for lack of memory",
     Reason.SECURE_AGGREGATION: "it refused or broke secure aggregation; the log there says why",
+    Reason.SENT_ALREADY: "it sent this round's sum masked before, and does so once; not again",
     Reason.ERROR: "it failed; its own log says why",
     Reason.POLICY_CUSTOM_CODE: "its policy forbids code from outside fedseg (allow-custom-code)",
     Reason.POLICY_MIN_CASES: "it has fewer cases than its policy's min-cases",

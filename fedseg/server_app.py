@@ -114,8 +114,9 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         raise
     models = sorted(folder.path.glob("model-*.safetensors"))
     hashes = {path.name: sha256_of(path) for path in models}
-    folder.update_manifest(status="completed", sha256=hashes, personal=personal)
+    folder.update_manifest(status="completed", sha256=hashes, **personal)
     print(result_table(history), flush=True)
+    _say_failed(history)
     _say_personal(personal)
     print(f"Run folder: {folder.path}", flush=True)
     report = _report(federation, federation.network)
@@ -209,12 +210,24 @@ def _enough_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
     return sites
 
 
-def _say_personal(personal: Mapping[str, Mapping[str, Any]]) -> None:
-    kept = [name for name, entry in personal.items() if entry["kept"]]
-    if personal:
+def _say_failed(history: Sequence[Mapping[str, Any]]) -> None:
+    failed = [line for line in history if "failed" in line]
+    if failed:
+        print(
+            f"{len(failed)} of {history[-1]['round']} rounds failed and left the model as it was: "
+            + "; ".join(f"round {line['round']}: {line['failed']}" for line in failed),
+            flush=True,
+        )
+
+
+def _say_personal(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    each, summed = entries.get("personal", {}), entries.get("personal_sum", {})
+    kept = [name for name, entry in each.items() if entry["kept"]]
+    count, sites = (summed["kept"], summed["sites"]) if summed else (len(kept), len(each))
+    if sites:
         print(
             f"Personal model better than the global one on its own held-out cases at "
-            f"{len(kept)} of {len(personal)} sites{': ' if kept else ''}{', '.join(kept)}",
+            f"{count} of {sites} sites{': ' if kept else ''}{', '.join(kept)}",
             flush=True,
         )
 

@@ -1,7 +1,8 @@
 """Compare a finished run with each site alone and all data in one place; keep it in the run."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,19 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def run_steps(history: Sequence[dict[str, Any]]) -> int:
-    """Optimiser steps that a site did in a run: the most that any did, added up over the rounds."""
-    return sum(
-        max(
-            (int((site.get("training") or {}).get("steps", 0)) for site in sites.values()),
-            default=0,
-        )
-        for sites in (line.get("sites", {}) for line in history)
-    )
+    """Optimiser steps that a site did in a run: the most that any did, added up over the rounds.
+
+    Under secure aggregation it is the mean over the sites.
+    """
+    return sum(_most_steps(line) for line in history)
+
+
+def _most_steps(line: Mapping[str, Any]) -> int:
+    if "secagg" in line:  # only the sum over the sites is known: their mean
+        secagg = line["secagg"]
+        return int(math.ceil(secagg["sums"]["steps"] / secagg["summed"]))
+    sites = line.get("sites", {}).values()
+    return max((int((site.get("training") or {}).get("steps", 0)) for site in sites), default=0)
 
 
 def _shares(run: Path, study: StudyConfig, plan: Plan, sites: Path | None) -> list[Share]:

@@ -77,9 +77,13 @@ def why(site: Mapping[str, Any]) -> str:
 def headline(line: Mapping[str, Any], rounds: int) -> str:
     """One line for the log."""
     parts = [f"round {line['round']}/{rounds} in {line['seconds']:.0f} s"]
+    if "failed" in line:
+        parts.append(f"failed, the model stays as it is: {line['failed']}")
     losses = [s["training"]["loss"] for s in line["sites"].values() if s.get("training")]
     if losses:
         parts.append(f"loss {sum(losses) / len(losses):.3f}")
+    if "secagg" in line:
+        parts.append(f"loss {line['secagg']['sums']['loss'] / line['secagg']['summed']:.3f}")
     for scope in ("global", "federated"):
         for region in REGIONS:
             value = line[scope].get(f"{region}.dice")

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedseg.errors import REASONS, Reason, StudyError
@@ -11,6 +11,7 @@ from fedseg.federation.checkpoints import Checkpoint, save_checkpoint
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.history import headline, new_line, score
+from fedseg.federation.secure_round import secure_personal, secure_scores
 from fedseg.federation.strategies import strategy_state
 from fedseg.federation.train_round import train_round
 from fedseg.messages import PERSONAL, Answer
@@ -26,8 +27,8 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
     """Run all rounds from where the progress stands; return the lines of `history.jsonl`.
 
     Raises:
-        StudyError: Fewer good updates than `federation.min-sites` came in a round, or the disk is
-            full.
+        StudyError: Fewer good updates than `federation.min-sites` came in a round, every round
+            failed, or the disk is full.
     """
     settings, progress = federation.study.federation, federation.progress
     if not progress.history:
@@ -43,7 +44,22 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
         progress.round = number
         _keep(federation, new_line(number, line, seconds=time.monotonic() - began))
         log.info("%s", headline(progress.history[-1], settings.rounds))
+    _check_any(progress.history)
     return progress.history
+
+
+def _check_any(history: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the model moved at all: a round whose sum failed leaves it as it is.
+
+    Raises:
+        StudyError: Every round failed.
+    """
+    trained = [line for line in history if line["round"]]
+    failed = [line["failed"] for line in trained if "failed" in line]
+    if trained and len(failed) == len(trained):
+        raise StudyError(
+            f"every round failed ({len(failed)}), the model is as it began; the last: {failed[-1]}"
+        )
 
 
 def _keep(federation: Federation, line: dict[str, Any]) -> None:
@@ -84,10 +100,17 @@ def _write(federation: Federation, line: dict[str, Any]) -> None:
 
 def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -> None:
     """Score the moved model at the sites and, meanwhile, at the server."""
-    arrivals = _ask(federation, number)
     # Sites go by the same rule: surface distances cost a lot of the time of an evaluation.
     last = number == federation.study.federation.rounds
-    line.update(federation.evaluate(federation.network, distances=last))
+
+    def at_server() -> None:
+        line.update(federation.evaluate(federation.network, distances=last))
+
+    if federation.study.privacy.secure_aggregation:
+        secure_scores(federation, number, line, at_server)
+        return
+    arrivals = _ask(federation, number)
+    at_server()
     parts = []
     for name, answer in _answers(arrivals, declared=tuple(empty_sums())):
         if answer.status == "ok":
@@ -121,8 +144,12 @@ def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:
     A site keeps its own as a personal model only where it is better on its own held-out cases.
 
     Returns:
-        For each site that answered: whether it kept one, and the metrics of both.
+        Entries of the manifest. `personal`: for each site that answered whether it kept one, and
+        the metrics of both; under secure aggregation `personal_sum`: the same of all together.
     """
+    if federation.study.privacy.secure_aggregation:
+        summed = secure_personal(federation)
+        return {"personal_sum": summed} if summed else {}
     sums = tuple(empty_sums())
     declared = (*sums, *(PERSONAL + key for key in sums), PERSONAL + "kept")
     found = {}
@@ -136,4 +163,4 @@ def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:
             "global": summarise(add([{key: answer.metrics[key] for key in sums}])),
             "personal": summarise(add([own])),
         }
-    return {name: found[name] for name in sorted(found)}
+    return {"personal": {name: found[name] for name in sorted(found)}}

@@ -3,17 +3,11 @@
 The secrets of a round are one JSON in `context.state`, which stays at the node.
 """
 
-import base64
-import binascii
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_private_key
 from flwr.app import ConfigRecord, Context, Message
 
 from fedseg.config import StudyConfig
@@ -21,18 +15,41 @@ from fedseg.data.node import Site, open_site
 from fedseg.errors import ProtocolError, Reason, SiteError
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.weighting import WEIGHTINGS
-from fedseg.messages import TRAIN_METRICS, Task, answer_message, protocol_data
+from fedseg.messages import PERSONAL, TRAIN_METRICS, Task, answer_message, protocol_data
 from fedseg.privacy import secagg
 from fedseg.privacy.fixed_point import LIMBS, effective_weight, encode_numbers, encode_values
 from fedseg.privacy.graph import LEAST_SITES
+from fedseg.privacy.identity import read_identity
 from fedseg.privacy.roster import Terms
+from fedseg.privacy.secagg_masks import Words
 from fedseg.privacy.secagg_state import State
+from fedseg.privacy.secagg_wire import Begin, Purpose, unpack
+from fedseg.privacy.sent_once import check_unsent, note_sending
 from fedseg.registry import is_custom, resolve
+from fedseg.segmentation.metrics import empty_sums
 
-__all__ = ["SECURE_STEPS", "SUMMED", "WORDS", "forget", "masked_answer", "received", "terms_of"]
+__all__ = [
+    "COMPARED",
+    "SECURE_STEPS",
+    "SUMMED",
+    "WORDS",
+    "masked_answer",
+    "masked_sums",
+    "received",
+    "terms_of",
+]
 
-SUMMED = ("weight", *TRAIN_METRICS, "clipped")
-"""Numbers that ride behind the values in the masked words; `clipped` counts values."""
+COMPARED = PERSONAL + "compared"
+"""1 for a site that has a model of its own to compare."""
+
+SUMMED: dict[Purpose, tuple[str, ...]] = {
+    "train": ("weight", *TRAIN_METRICS, "clipped"),
+    "evaluate": tuple(empty_sums()),
+    "final": (*(PERSONAL + key for key in empty_sums()), PERSONAL + "kept", COMPARED),
+}
+"""Numbers in the masked words by what these are for; `clipped` counts values. The final words say
+nothing about the global model: it was scored before, and twice over different sites would show a
+site's own."""
 
 WORDS = "words"
 
@@ -41,68 +58,28 @@ _ROUNDING = 23
 """Keeps the draws of rounding apart from other uses of the seed."""
 
 
-def terms_of(study: StudyConfig, run: str, number: int) -> Terms:
+def terms_of(study: StudyConfig, run: str, number: int, purpose: Purpose) -> Terms:
     """Terms of a round; each side takes them from its own study config."""
     privacy = study.privacy
     return Terms(
         run=run,
         round=number,
+        purpose=purpose,
         share=privacy.secagg_threshold,
         clip=privacy.secagg_clip,
         max_weight=privacy.secagg_max_weight,
     )
 
 
-def _terms(message: Message, study: StudyConfig) -> Terms:
+def _terms(message: Message, study: StudyConfig, purpose: Purpose) -> Terms:
     task = Task.from_message(message)
     if task.config_digest != study.digest() or not study.privacy.secure_aggregation:
         raise SiteError(Reason.CONFIG_MISMATCH)
-    return terms_of(study, task.study_run, task.round_number)
-
-
-def _identity(site: Site) -> tuple[Ed25519PrivateKey | None, secagg.Pinned | None]:
-    """Read the site's signing key and its peers' public keys.
-
-    Raises:
-        SiteError: One can't be read, or peers are pinned without an own key.
-    """
-    config = site.config
-    try:
-        signer = None if config.signing_key is None else _private_key(config.signing_key)
-        pinned = None if config.peers is None else _public_keys(config.peers)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SiteError(
-            Reason.SITE_CONFIG,
-            f"signing-key or peers: got what isn't an Ed25519 key ({error}); expected a PEM file, "
-            "and for each peer the base64 line of its public PEM",
-        ) from None
-    if pinned is not None and signer is None:
-        raise SiteError(Reason.SITE_CONFIG, "peers: expected a signing-key, too")
-    return signer, pinned
-
-
-def _private_key(path: str) -> Ed25519PrivateKey:
-    key = load_pem_private_key(Path(path).expanduser().read_bytes(), password=None)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError("not Ed25519")
-    return key
-
-
-def _public_keys(peers: Mapping[str, str]) -> dict[str, Ed25519PublicKey]:
-    keys = {}
-    for name, text in peers.items():
-        try:
-            key = load_der_public_key(base64.b64decode(text, validate=True))
-        except binascii.Error:
-            raise ValueError(f"{name}: not base64") from None
-        if not isinstance(key, Ed25519PublicKey):
-            raise ValueError(f"{name}: not Ed25519")
-        keys[name] = key
-    return keys
+    return terms_of(study, task.study_run, task.round_number, purpose)
 
 
 def _load(context: Context) -> State | None:
-    """State of this Flower run: a resumed study run does its round anew, with new keys."""
+    """State of this Flower run; what a site sent in an earlier one is on disk."""
     record = context.state.config_records.get(_STATE, ConfigRecord())
     if record.get("flower-run") != str(context.run_id):
         return None
@@ -128,27 +105,25 @@ def _answer(message: Message, context: Context, state: State, data: bytes) -> Me
     return answer_message(message, status="ok", protocol=data)
 
 
-def forget(context: Context, number: int) -> None:
-    """Forget the secrets of a round that is over: failed, or without this site's shares."""
-    state = _load(context)
-    if state is not None and state.round <= number and state.stage != "done":
-        _save(context, State(run=state.run, round=state.round, stage="done"))
-
-
 def _keys(message: Message, context: Context, study: StudyConfig) -> Message:
     site = open_site(context.node_config, study, make_phantoms=False)
-    signer, _ = _identity(site)
-    terms = _terms(message, study)
+    signer, _ = read_identity(site.config)
+    task = Task.from_message(message)
+    stamp = {"run": task.study_run, "round": task.round_number}
+    terms = _terms(message, study, unpack(Begin, protocol_data(message), stamp).purpose)
+    check_unsent(site.config.cache, site.name, terms)
     state, data = secagg.start(terms, name=site.name, signer=signer, before=_load(context))
     return _answer(message, context, state, data)
 
 
 def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
-    _, pinned = _identity(open_site(context.node_config, study, make_phantoms=False))
+    site = open_site(context.node_config, study, make_phantoms=False)
+    _, pinned = read_identity(site.config)
+    state = _loaded(context)
     state, data = secagg.share(
-        _loaded(context),
+        state,
         protocol_data(message),
-        _terms(message, study),
+        _terms(message, study, state.purpose),
         pinned=pinned,
         least=max(LEAST_SITES, study.federation.min_sites),
     )
@@ -156,17 +131,29 @@ def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
 
 
 def _confirm(message: Message, context: Context, study: StudyConfig) -> Message:
-    signer, _ = _identity(open_site(context.node_config, study, make_phantoms=False))
-    terms = _terms(message, study)
-    state, data = secagg.confirm(_loaded(context), protocol_data(message), terms, signer=signer)
+    site = open_site(context.node_config, study, make_phantoms=False)
+    signer, _ = read_identity(site.config)
+    state = _loaded(context)
+    terms = _terms(message, study, state.purpose)
+    state, data = secagg.confirm(state, protocol_data(message), terms, signer=signer)
     return _answer(message, context, state, data)
 
 
 def _unmask(message: Message, context: Context, study: StudyConfig) -> Message:
-    _, pinned = _identity(open_site(context.node_config, study, make_phantoms=False))
-    terms = _terms(message, study)
-    state, data = secagg.reveal(_loaded(context), protocol_data(message), terms, pinned=pinned)
+    site = open_site(context.node_config, study, make_phantoms=False)
+    _, pinned = read_identity(site.config)
+    state = _loaded(context)
+    terms = _terms(message, study, state.purpose)
+    state, data = secagg.reveal(state, protocol_data(message), terms, pinned=pinned)
     return _answer(message, context, state, data)
+
+
+def _forget(message: Message, context: Context, study: StudyConfig) -> Message:
+    """Forget the secrets of a round that is over: failed, or without this site's shares."""
+    task, state = Task.from_message(message), _load(context)
+    if state is not None and (state.run, state.round) == (task.study_run, task.round_number):
+        _save(context, secagg.forgotten(state))
+    return answer_message(message, status="ok")
 
 
 SECURE_STEPS: dict[str, Callable[[Message, Context, StudyConfig], Message]] = {
@@ -174,22 +161,26 @@ SECURE_STEPS: dict[str, Callable[[Message, Context, StudyConfig], Message]] = {
     "secagg_shares": _shares,
     "secagg_confirm": _confirm,
     "secagg_unmask": _unmask,
+    "secagg_forget": _forget,
 }
-"""Action of the query to the step that answers it; the masked words answer `train`."""
+"""Action of the query to the step that answers it; masked words answer `train` and `evaluate`."""
 
 
-def received(message: Message, context: Context, study: StudyConfig, site: Site) -> State | None:
-    """Take the neighbours' shares that come with the train message; None without the protocol.
+def received(
+    message: Message, context: Context, study: StudyConfig, site: Site, purpose: Purpose
+) -> State | None:
+    """Take the neighbours' shares that come with the message; None without the protocol.
 
     Raises:
-        ProtocolError: They are no good: nothing is trained in vain.
+        ProtocolError: They are no good: nothing is computed in vain.
         SiteError: The study's weighting is code from outside, which the site's policy forbids.
     """
     if not study.privacy.secure_aggregation:
         return None
     if is_custom(study.federation.weighting) and not site.config.policy.allow_custom_code:
         raise SiteError(Reason.POLICY_CUSTOM_CODE)
-    return secagg.receive(_loaded(context), protocol_data(message), _terms(message, study))
+    terms = _terms(message, study, purpose)
+    return secagg.receive(_loaded(context), protocol_data(message), terms)
 
 
 def masked_answer(
@@ -202,18 +193,42 @@ def masked_answer(
     metrics: Mapping[str, float],
 ) -> Message:
     """Bound, weigh, encode and mask an update and its numbers; nothing leaves but masked words."""
-    terms = _terms(message, study)
+    terms = _terms(message, study, "train")
     encoding = secagg.party(state, terms).encoding
     values = flatten(update, layout_of(update)).numpy()
     _bound_norm(values, study.privacy.secagg_max_norm)
     weigh = resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
     weight = effective_weight(float(weigh(metrics)), encoding)
-    words = np.empty(len(values) + LIMBS * len(SUMMED), np.uint32)
+    keys = SUMMED["train"]
+    words = np.empty(len(values) + LIMBS * len(keys), np.uint32)
     rng = np.random.default_rng([study.train.seed, terms.round, _ROUNDING, *site.name.encode()])
     clipped = encode_values(values, weight, encoding, rng=rng, out=words[: len(values)])
     numbers = {**metrics, "weight": weight, "clipped": float(clipped)}
-    words[len(values) :] = encode_numbers([numbers[key] for key in SUMMED], encoding)
+    words[len(values) :] = encode_numbers([numbers[key] for key in keys], encoding)
+    return _masked(message, context, site, state, terms, words)
+
+
+def masked_sums(
+    message: Message,
+    context: Context,
+    study: StudyConfig,
+    site: Site,
+    state: State,
+    sums: Mapping[str, float],
+) -> Message:
+    """Encode and mask the numbers of an evaluation; nothing leaves but masked words."""
+    terms = _terms(message, study, state.purpose)
+    encoding = secagg.party(state, terms).encoding
+    compared = {COMPARED: float(PERSONAL + "kept" in sums)}
+    numbers = [{**sums, **compared}.get(key, 0.0) for key in SUMMED[state.purpose]]
+    return _masked(message, context, site, state, terms, encode_numbers(numbers, encoding))
+
+
+def _masked(
+    message: Message, context: Context, site: Site, state: State, terms: Terms, words: Words
+) -> Message:
     after, data = secagg.mask(state, terms, words)
+    note_sending(site.config.cache, site.name, terms)
     _save(context, after)
     masked = {WORDS: torch.from_numpy(words)}
     return answer_message(message, status="ok", update=masked, protocol=data)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -22,7 +23,7 @@ from fedseg.privacy.graph import (
     threshold,
 )
 from fedseg.privacy.secagg_keys import is_signed
-from fedseg.privacy.secagg_wire import Advert
+from fedseg.privacy.secagg_wire import Advert, Purpose
 
 __all__ = [
     "CONFIRM",
@@ -47,6 +48,7 @@ class Terms:
     Attributes:
         run: Id of the study run.
         round: The round, from 1.
+        purpose: What the words are for.
         share: More than this share of the sites must be left; 0.5 to 1.
         clip: Values are clipped to [-clip, clip].
         max_weight: Largest weight of a site.
@@ -54,6 +56,7 @@ class Terms:
 
     run: str
     round: int
+    purpose: Purpose = "train"
     share: float
     clip: float
     max_weight: float
@@ -62,6 +65,11 @@ class Terms:
         """Refuse thresholds with which two disjoint groups of sites could each unmask."""
         if not 0.5 <= self.share < 1:
             raise ProtocolError(f"threshold: got {self.share:g}; expected 0.5 to 1")
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What each message says of the terms."""
+        return {"run": self.run, "round": self.round, "purpose": self.purpose}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +142,8 @@ def party_of(adverts: Sequence[Advert], terms: Terms) -> Party:
 
 
 def _digest(adverts: Sequence[Advert], terms: Terms) -> bytes:
-    stated = [terms.run, terms.round, terms.share.hex(), terms.clip.hex(), terms.max_weight.hex()]
+    bounds = [terms.share.hex(), terms.clip.hex(), terms.max_weight.hex()]
+    stated = [terms.run, terms.round, terms.purpose, *bounds]
     listed = [advert.model_dump_json() for advert in adverts]
     return hashlib.sha256(json.dumps([stated, listed]).encode()).digest()
 
@@ -143,7 +152,8 @@ def advert_parts(advert: Advert, terms: Terms) -> tuple[bytes, ...]:
     """What a site signs of its public keys."""
     number = terms.round.to_bytes(4, "big")
     keys = (advert.channel, advert.mask, advert.commitment)
-    return (terms.run.encode(), number, advert.name.encode(), *keys)
+    stated = (terms.run.encode(), number, terms.purpose.encode())
+    return (*stated, advert.name.encode(), *keys)
 
 
 def check_pinned(party: Party, own: int, pinned: Mapping[str, Ed25519PublicKey]) -> None:

@@ -67,7 +67,17 @@ from fedseg.privacy.secagg_wire import (
     unpack,
 )
 
-__all__ = ["Pinned", "confirm", "mask", "party", "receive", "reveal", "share", "start"]
+__all__ = [
+    "Pinned",
+    "confirm",
+    "forgotten",
+    "mask",
+    "party",
+    "receive",
+    "reveal",
+    "share",
+    "start",
+]
 
 Pinned = Mapping[str, Ed25519PublicKey]
 """Public keys of the peers a site knows, by their names."""
@@ -88,8 +98,12 @@ def start(
         ProtocolError: The site took part in this round or a later one already: two sums of one
             round over different sites would show what is between them.
     """
-    if before is not None and before.run == terms.run and terms.round <= before.round:
-        raise ProtocolError(f"got round {terms.round} again; expected one after {before.round}")
+    place = State(**terms.stamp, stage="keys").place
+    if before is not None and before.run == terms.run and place <= before.place:
+        raise ProtocolError(
+            f"got round {terms.round} ({terms.purpose}) again; expected one after "
+            f"{before.round} ({before.purpose})"
+        )
     channel, own_mask, self_mask = (secrets.token_bytes(SECRET_BYTES) for _ in range(3))
     advert = Advert(
         name=name,
@@ -101,15 +115,14 @@ def start(
         signature = sign(signer, KEYS, *advert_parts(advert, terms))
         advert = advert.model_copy(update={"signature": signature})
     state = State(
-        run=terms.run,
-        round=terms.round,
+        **terms.stamp,
         stage="keys",
         channel=channel,
         mask=own_mask,
         self_mask=self_mask,
         adverts=(advert,),
     )
-    return state, pack(Keys(run=terms.run, round=terms.round, advert=advert))
+    return state, pack(Keys(**terms.stamp, advert=advert))
 
 
 def share(
@@ -134,7 +147,7 @@ def share(
         TooFewSites: It has too few sites.
     """
     _check_turn(state, terms, "keys")
-    roster = unpack(Roster, data, run=terms.run, round_number=terms.round)
+    roster = unpack(Roster, data, terms.stamp)
     if roster.adverts.count(state.adverts[0]) != 1:
         raise ProtocolError("roster: expected this site's own keys in it, once")
     if len(roster.adverts) < least:
@@ -157,7 +170,7 @@ def share(
     state = state.model_copy(
         update={"stage": "shares", "adverts": found.adverts, "index": own, "held": {own: kept}}
     )
-    return state, pack(Shares(run=terms.run, round=terms.round, sealed=sealed))
+    return state, pack(Shares(**terms.stamp, sealed=sealed))
 
 
 def _channel(state: State, found: Party, own: int, sender: int, to: int) -> bytes:
@@ -179,7 +192,7 @@ def receive(state: State, data: object, terms: Terms) -> State:
         TooFewSites: Too few neighbours are left to restore this site's secrets.
     """
     _check_turn(state, terms, "shares")
-    inbox = unpack(Inbox, data, run=terms.run, round_number=terms.round)
+    inbox = unpack(Inbox, data, terms.stamp)
     found, own = party(state, terms), state.index
     senders = [sender for sender, _ in inbox.sealed]
     if len(set(senders)) < len(senders) or not set(senders) <= set(found.neighbours[own]):
@@ -210,7 +223,7 @@ def mask(state: State, terms: Terms, words: Words) -> tuple[State, bytes]:
         key = mask_key(state.mask, found.adverts[peer].mask, found.digest)
         add_mask(words, key, subtract=own > peer)
     state = state.model_copy(update={"stage": "masked", "mask": b"", "self_mask": b""})
-    return state, pack(Uploaded(run=terms.run, round=terms.round))
+    return state, pack(Uploaded(**terms.stamp))
 
 
 def confirm(
@@ -223,14 +236,14 @@ def confirm(
         TooFewSites: It is below the threshold.
     """
     _check_turn(state, terms, "masked")
-    survivors = unpack(Confirming, data, run=terms.run, round_number=terms.round).survivors
+    survivors = unpack(Confirming, data, terms.stamp).survivors
     found = party(state, terms)
     _check_list(state, found, survivors)
     if signer is None:
         raise ProtocolError("confirm: this site has no signing key; set signing-key in site.toml")
     signature = sign(signer, CONFIRM, *signed_list(found, survivors))
     state = state.model_copy(update={"stage": "confirmed", "survivors": survivors})
-    return state, pack(Confirmation(run=terms.run, round=terms.round, signature=signature))
+    return state, pack(Confirmation(**terms.stamp, signature=signature))
 
 
 def reveal(
@@ -244,7 +257,7 @@ def reveal(
         TooFewSites: They are below the threshold.
     """
     _check_turn(state, terms, *(("confirmed",) if pinned is not None else ("masked", "confirmed")))
-    asked = unpack(Unmasking, data, run=terms.run, round_number=terms.round)
+    asked = unpack(Unmasking, data, terms.stamp)
     found = party(state, terms)
     _check_list(state, found, asked.survivors)
     if state.survivors is not None and state.survivors != asked.survivors:
@@ -256,15 +269,21 @@ def reveal(
         (index, held.self_mask if index in chosen else held.mask)
         for index, held in sorted(state.held.items())
     )
-    done = State(run=state.run, round=state.round, stage="done")
-    return done, pack(Revealed(run=terms.run, round=terms.round, shares=shares))
+    return forgotten(state), pack(Revealed(**terms.stamp, shares=shares))
+
+
+def forgotten(state: State) -> State:
+    """Forget all secrets; what is left says only that the round was there."""
+    return State(run=state.run, round=state.round, purpose=state.purpose, stage="done")
 
 
 def _check_turn(state: State, terms: Terms, *stages: str) -> None:
-    if (state.run, state.round) != (terms.run, terms.round) or state.stage not in stages:
+    here = {"run": state.run, "round": state.round, "purpose": state.purpose}
+    if here != terms.stamp or state.stage not in stages:
         raise ProtocolError(
-            f"got a message for round {terms.round} after stage {state.stage} of round "
-            f"{state.round}; expected stage {' or '.join(stages)} of one round"
+            f"got a message for round {terms.round} ({terms.purpose}) after stage {state.stage} of "
+            f"round {state.round} ({state.purpose}); expected stage {' or '.join(stages)} of one "
+            "round"
         )
 
 

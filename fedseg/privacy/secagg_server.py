@@ -21,6 +21,7 @@ from fedseg.privacy.secagg_keys import (
 from fedseg.privacy.secagg_masks import Words, add_mask
 from fedseg.privacy.secagg_wire import (
     Advert,
+    Begin,
     Confirmation,
     Confirming,
     Inbox,
@@ -37,6 +38,7 @@ from fedseg.privacy.secagg_wire import (
 __all__ = [
     "RunningSum",
     "add_upload",
+    "begin_message",
     "confirm_message",
     "inbox_message",
     "read_confirmation",
@@ -62,18 +64,23 @@ class RunningSum:
     sites: set[int] = field(default_factory=set)
 
 
+def begin_message(terms: Terms) -> bytes:
+    """Ask sites for their public keys."""
+    return pack(Begin(**terms.stamp))
+
+
 def read_keys(data: object, terms: Terms) -> Advert:
     """Read a site's public keys.
 
     Raises:
         ProtocolError: The message is no good.
     """
-    return unpack(Keys, data, run=terms.run, round_number=terms.round).advert
+    return unpack(Keys, data, terms.stamp).advert
 
 
 def roster_message(party: Party) -> bytes:
     """All public keys, for every site."""
-    return pack(Roster(run=party.terms.run, round=party.terms.round, adverts=party.adverts))
+    return pack(Roster(**party.terms.stamp, adverts=party.adverts))
 
 
 def read_shares(data: object, party: Party, index: int) -> dict[int, bytes]:
@@ -82,7 +89,7 @@ def read_shares(data: object, party: Party, index: int) -> dict[int, bytes]:
     Raises:
         ProtocolError: A neighbour is missing, or there is one more.
     """
-    found = unpack(Shares, data, run=party.terms.run, round_number=party.terms.round).sealed
+    found = unpack(Shares, data, party.terms.stamp).sealed
     if tuple(sorted(to for to, _ in found)) != party.neighbours[index]:
         raise ProtocolError("shares: expected one pair for each neighbour")
     return dict(found)
@@ -97,7 +104,7 @@ def inbox_message(party: Party, index: int, sealed: Mapping[int, Mapping[int, by
         sealed: For each site that sent shares what it sent, by receiver.
     """
     mine = tuple((peer, sealed[peer][index]) for peer in party.neighbours[index] if peer in sealed)
-    return pack(Inbox(run=party.terms.run, round=party.terms.round, sealed=mine))
+    return pack(Inbox(**party.terms.stamp, sealed=mine))
 
 
 def add_upload(total: RunningSum, data: object, party: Party, index: int, words: Words) -> None:
@@ -106,7 +113,7 @@ def add_upload(total: RunningSum, data: object, party: Party, index: int, words:
     Raises:
         ProtocolError: They are of another round, of another length, or come twice.
     """
-    unpack(Uploaded, data, run=party.terms.run, round_number=party.terms.round)
+    unpack(Uploaded, data, party.terms.stamp)
     if index in total.sites or words.dtype != np.uint32 or words.shape != total.words.shape:
         raise ProtocolError("upload: got words twice, or of another number or type")
     np.add(total.words, words, out=total.words)
@@ -120,7 +127,7 @@ def confirm_message(party: Party, survivors: Collection[int]) -> bytes:
         TooFewSites: They are below the threshold.
     """
     chosen = _checked(party, survivors)
-    return pack(Confirming(run=party.terms.run, round=party.terms.round, survivors=chosen))
+    return pack(Confirming(**party.terms.stamp, survivors=chosen))
 
 
 def read_confirmation(data: object, party: Party) -> bytes:
@@ -129,8 +136,7 @@ def read_confirmation(data: object, party: Party) -> bytes:
     Raises:
         ProtocolError: The message is no good.
     """
-    terms = party.terms
-    return unpack(Confirmation, data, run=terms.run, round_number=terms.round).signature
+    return unpack(Confirmation, data, party.terms.stamp).signature
 
 
 def unmask_message(
@@ -147,8 +153,7 @@ def unmask_message(
             f"secure aggregation: {len(signed)} of {party.size} sites confirmed the survivors; "
             f"expected at least {party.threshold}"
         )
-    run, number = party.terms.run, party.terms.round
-    return pack(Unmasking(run=run, round=number, survivors=chosen, signatures=signed))
+    return pack(Unmasking(**party.terms.stamp, survivors=chosen, signatures=signed))
 
 
 def _checked(party: Party, survivors: Collection[int]) -> tuple[int, ...]:
@@ -171,7 +176,7 @@ def read_revealed(
     Raises:
         ProtocolError: They aren't just those that the site holds.
     """
-    found = unpack(Revealed, data, run=party.terms.run, round_number=party.terms.round).shares
+    found = unpack(Revealed, data, party.terms.stamp).shares
     if [of for of, _ in found] != [of for of in party.holders(index) if of in sharers]:
         raise ProtocolError("reveal: got shares of other sites than this one holds")
     return dict(found)

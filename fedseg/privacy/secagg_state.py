@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedseg.errors import ProtocolError
-from fedseg.privacy.secagg_wire import Advert, Hex
+from fedseg.privacy.secagg_wire import PURPOSES, Advert, Hex, Purpose
 
 __all__ = ["Held", "State"]
 
@@ -25,6 +25,7 @@ class State(BaseModel):
     Attributes:
         run: Study run of the last round it took part in.
         round: That round.
+        purpose: What its words are for.
         stage: The last step it did.
         channel, mask, self_mask: Its own secrets, until they are used.
         adverts: Public keys of all sites.
@@ -37,6 +38,7 @@ class State(BaseModel):
 
     run: str
     round: int
+    purpose: Purpose = "train"
     stage: Literal["keys", "shares", "received", "masked", "confirmed", "done"]
     channel: Hex = b""
     mask: Hex = b""
@@ -45,6 +47,11 @@ class State(BaseModel):
     index: int = -1
     held: dict[int, Held] = {}
     survivors: tuple[int, ...] | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where in the run it is: rises from step to step of the run."""
+        return self.round, PURPOSES.index(self.purpose)
 
     def to_json(self) -> str:
         """Write the state."""

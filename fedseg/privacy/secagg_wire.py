@@ -1,9 +1,10 @@
 """Messages of secure aggregation: strict JSON, bounded in length, in counts and in every value.
 
-Each carries the study run, the round and its stage; whoever reads one says which it expects. Only
-the masked words travel apart from these, as an array.
+Each carries the study run, the round, what the words are for, and its stage; whoever reads one says
+which it expects. Only the masked words travel apart from these, as an array.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
@@ -20,12 +21,15 @@ from fedseg.privacy.graph import LEAST_SITES, MOST_SITES
 from fedseg.privacy.secagg_keys import SECRET_BYTES
 
 __all__ = [
+    "PURPOSES",
     "Advert",
+    "Begin",
     "Confirmation",
     "Confirming",
     "Hex",
     "Inbox",
     "Keys",
+    "Purpose",
     "Revealed",
     "Roster",
     "Shares",
@@ -53,16 +57,23 @@ _Index = Annotated[int, Field(ge=0, lt=MOST_SITES)]
 _Indices = Annotated[tuple[_Index, ...], Field(max_length=MOST_SITES)]
 
 
+Purpose = Literal["train", "evaluate", "final"]
+PURPOSES: tuple[Purpose, ...] = ("train", "evaluate", "final")
+"""What words are for, in the order of a round: updates, scores of the global model, and at the end
+those of the sites' own models. Each is a protocol of its own, with keys of its own."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class _Message(_Strict):
-    """What every message has: its stage, the study run, the round."""
+    """What every message has: its stage, the study run, the round, what the words are for."""
 
     stage: str
     run: str = Field(pattern=r"^[\w.-]{1,64}$")
     round: int = Field(ge=1, lt=2**31)
+    purpose: Purpose
 
 
 class Advert(_Strict):
@@ -81,6 +92,12 @@ class Advert(_Strict):
     mask: _Key
     commitment: _Key
     signature: _Signature | None = None
+
+
+class Begin(_Message):
+    """Server to sites: asks for their public keys."""
+
+    stage: Literal["begin"] = "begin"
 
 
 class Keys(_Message):
@@ -157,11 +174,17 @@ def pack(message: BaseModel) -> bytes:
     return message.model_dump_json().encode()
 
 
-def unpack(kind: type[Kind], data: object, *, run: str, round_number: int) -> Kind:
-    """Read a message of one kind, of this study run and round.
+def unpack(kind: type[Kind], data: object, stamp: Mapping[str, object]) -> Kind:
+    """Read a message of one kind.
+
+    Args:
+        kind: The kind.
+        data: The message.
+        stamp: Study run, round and purpose that it must have, or some of them.
 
     Raises:
-        ProtocolError: It is malformed, or of another stage, run or round: replayed or out of turn.
+        ProtocolError: It is malformed, or of another stage, run, round or purpose: replayed or out
+            of turn.
     """
     if not isinstance(data, bytes) or len(data) > _MOST_BYTES:
         raise ProtocolError(
@@ -173,9 +196,12 @@ def unpack(kind: type[Kind], data: object, *, run: str, round_number: int) -> Ki
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ProtocolError(f"{kind.__name__.lower()} message: {where} {first['msg']}") from None
-    if "stage" not in found.model_fields_set or (found.run, found.round) != (run, round_number):
+    if "stage" not in found.model_fields_set or any(
+        getattr(found, key) != value for key, value in stamp.items()
+    ):
+        expected = ", ".join(f"{key} {value}" for key, value in stamp.items())
         raise ProtocolError(
-            f"{kind.__name__.lower()} message: got one of another run, round or stage; "
-            f"expected round {round_number} of {run}"
+            f"{kind.__name__.lower()} message: got one of another run, round, purpose or stage; "
+            f"expected {expected}"
         )
     return found

@@ -7,7 +7,7 @@ from typing import Any
 from fedseg.data.plan import REGIONS
 from fedseg.report.amounts import Value, signed, value_of
 from fedseg.report.run import Round, Run, Scores
-from fedseg.report.run_files import scores, table
+from fedseg.report.run_files import number, scores, table
 from fedseg.segmentation.comparison import FEDERATED, LOCAL, POOLED
 
 __all__ = ["REGION_NAMES", "SCOPES", "Headline", "Tile", "headline", "main_scope"]
@@ -148,9 +148,14 @@ def _personal(run: Run) -> list[str]:
     entries: dict[str, dict[str, Any]] = {
         site: table(entry) for site, entry in table(run.manifest.get("personal")).items()
     }
-    if not entries:
+    kept = len([site for site, entry in entries.items() if entry.get("kept") is True])
+    count = len(entries)
+    summed = table(run.manifest.get("personal_sum"))  # under secure aggregation
+    if summed:
+        entries = {"all": summed}
+        kept, count = (int(number(summed.get(key)) or 0) for key in ("kept", "sites"))
+    if not count:
         return []
-    kept = [site for site, entry in entries.items() if entry.get("kept") is True]
     parts = []
     for region, name in REGION_NAMES.items():
         pairs = [
@@ -168,7 +173,7 @@ def _personal(run: Run) -> list[str]:
     dice = f" (mean Dice of the shared model against the site's own: {', '.join(parts)})"
     return [
         f"On its own held-out cases, the model that a site trained last is better than the shared "
-        f"one at {len(kept)} of {len(entries)} sites{dice if parts else ''}."
+        f"one at {kept} of {count} sites{dice if parts else ''}."
     ]
 
 

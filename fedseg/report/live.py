@@ -67,10 +67,13 @@ def _status(run: Run, last: Round | None) -> Text:
         of = f" of {wanted_rounds(run)}" if wanted_rounds(run) else ""
         words.append(f"round {last.number}{of}")
         words.append(f"last round {seconds(last.seconds)}")
+    failed = [part for part in run.rounds if part.failed]
+    if failed:
+        words.append(f"{len(failed)} failed")
     rest = left(run)
     if rest is not None:
         words.append(f"about {seconds(rest)} left")
-    error = text(run.manifest.get("error"))
+    error = text(run.manifest.get("error")) or (failed[-1].failed if failed else "")
     return Text(" \N{MIDDLE DOT} ".join(words) + (f"\n{error}" if error else ""))
 
 

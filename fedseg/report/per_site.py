@@ -14,16 +14,27 @@ __all__ = ["absences", "notes", "site_table", "spread"]
 _MOST_ROWS = 200
 """Absences that are listed; the rest is counted."""
 
+_GAVE = "rounds with its update"
+
 
 def site_table(run: Run) -> Table | None:
-    """Show each site's Dice with the best model, the lowest marked; None without sites."""
+    """Show each site's Dice with the best model, the lowest marked; None without sites.
+
+    Under secure aggregation no site's own scores are known: only who took part is shown.
+    """
     names = _names(run)
     if not names:
         return None
+    if not any(site.metrics for part in run.rounds for site in part.sites.values()):
+        return Table(
+            caption="Rounds that each site took part in; its own scores stay at the site",
+            corner="site",
+            heads=[_GAVE],
+            rows=[(name, [_rounds_with(run, name)]) for name in names],
+        )
     best = run.best or run.rounds[-1]
     worst = {region: _lowest(best, region) for region in REGIONS}
     personal = table(run.manifest.get("personal"))
-    trained = [part for part in run.rounds if part.number > 0]
     rows = []
     for name in names:
         site = best.sites.get(name)
@@ -35,7 +46,7 @@ def site_table(run: Run) -> Table | None:
         own = table(personal.get(name)).get("kept")
         cells += [
             _training_cases(run, name),
-            Value(text=f"{sum(_took_part(part, name) for part in trained)} of {len(trained)}"),
+            _rounds_with(run, name),
             Value(text="yes" if own is True else "no" if own is False else UNDEFINED),
         ]
         rows.append((name, cells))
@@ -45,11 +56,16 @@ def site_table(run: Run) -> Table | None:
         heads=[
             *(f"Dice, {name}" for name in REGION_NAMES.values()),
             "cases trained on",
-            "rounds with its update",
+            _GAVE,
             "own model better",
         ],
         rows=rows,
     )
+
+
+def _rounds_with(run: Run, name: str) -> Value:
+    trained = [part for part in run.rounds if part.number > 0]
+    return Value(text=f"{sum(_took_part(part, name) for part in trained)} of {len(trained)}")
 
 
 def _names(run: Run) -> list[str]:
@@ -69,6 +85,8 @@ def _lowest(part: Round, region: str) -> str | None:
 
 def _took_part(part: Round, name: str) -> bool:
     """Whether an update of the site is in the round's mean: its own, or a late one."""
+    if part.failed:
+        return False
     used = any(site == name and used for site, _, used in part.late)
     return used or (name in part.sites and part.sites[name].status == "ok")
 
@@ -115,13 +133,15 @@ def notes(run: Run) -> list[str]:
 
 
 def absences(run: Run) -> tuple[Sequence[Mapping[str, str]], int]:
-    """List who gave no update and why, and what became of late ones.
+    """List rounds that failed, who gave no update and why, and what became of late ones.
 
     Returns:
         Rows of `round`, `site`, `status`, `why`; and how many more there are.
     """
     rows = []
     for part in run.rounds:
+        if part.failed:
+            rows.append(_absence(part.number, "all", "failed", part.failed))
         for name, site in part.sites.items():
             if site.status not in ("ok", "evaluated"):
                 rows.append(_absence(part.number, name, site.status, site.why))

@@ -49,6 +49,7 @@ class Round:
         privacy: What was spent, `epsilon` and `delta`; None where nothing is counted.
         late: Updates of earlier rounds: site, round, and whether it was used.
         mean_dice: The mean Dice by which the best round is chosen, or what the study monitors.
+        failed: Why the round moved no model, `""` where it did.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Round:
     privacy: Scores | None
     late: Sequence[tuple[str, int, bool]]
     mean_dice: float | None
+    failed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

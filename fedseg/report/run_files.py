@@ -160,6 +160,7 @@ def _round(line: Mapping[str, Any], count: int, monitor: str) -> Round:
         privacy=scores(privacy) if isinstance(privacy, dict) else None,
         late=_late(line.get("late")),
         mean_dice=score(scopes, monitor),
+        failed=text(line.get("failed")),
     )
 
 

@@ -201,14 +201,19 @@ def difference_table(title: str, found: Mapping[str, Difference]) -> str:
 
 
 def result_table(history: Sequence[Mapping[str, Any]]) -> str:
-    """Draw the last round: server's cases, all sites together, each site."""
-    last = history[-1]
+    """Draw the last round that has scores: server's cases, all sites together, each site.
+
+    Under secure aggregation no site's own are known.
+    """
+    scopes = ("global", "unseen", "federated")
+    scored = [line for line in history if any(line.get(scope, {}).get("cases") for scope in scopes)]
+    last = scored[-1] if scored else history[-1]
     columns: dict[str, Summary] = {}
-    for scope in ("global", "unseen", "federated"):
+    for scope in scopes:
         if last.get(scope, {}).get("cases"):
             columns[scope] = last[scope]
-    for name, site in last["sites"].items():
-        columns[name] = site.get("metrics") or {}
+    if any(site.get("metrics") for site in last["sites"].values()):
+        columns |= {name: site.get("metrics") or {} for name, site in last["sites"].items()}
     title = f"Round {last['round']}: mean over cases"
     if "global" in columns:
         title += " (global: held out at the server)"

@@ -107,6 +107,10 @@ def scalars(line: Line) -> dict[str, float]:
     found = {f"round/{key}": value for key, value in scores(line).items() if key != "round"}
     for scope in ("global", "unseen", "federated", "privacy"):
         found |= _under(scope, line.get(scope))
+    secagg = table(line.get("secagg"))
+    sums, count = scores(secagg.get("sums")), scores(secagg).get("summed")
+    if "loss" in sums and count:
+        found["round/loss"] = sums["loss"] / count
     for name, site in table(line.get("sites")).items():
         found |= _under(f"sites/{name}", table(site).get("metrics"))
         training = scores(table(site).get("training"))

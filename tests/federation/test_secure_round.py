@@ -18,10 +18,12 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from flwr.app import Message
+from markupsafe import escape
 from safetensors.torch import load_file
 
 from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, StudyError
+from fedseg.federation.compare_run import run_steps
 from fedseg.federation.secure_site import SUMMED
 from fedseg.segmentation.models import build_model
 
@@ -38,6 +40,7 @@ PLAIN = {
 }
 SECURE = {**PLAIN, "privacy.secure-aggregation": True}
 STAGES = ("query.secagg_keys", "query.secagg_shares", "train", "query.secagg_unmask")
+SCORING = (*STAGES[:2], "evaluate", STAGES[3])
 
 
 @pytest.fixture
@@ -65,16 +68,25 @@ def farthest(one: Any, other: Any) -> float:
     return max(float((t - weights(other)[n]).abs().max()) for n, t in weights(one).items())
 
 
-def silent_once(stage: str) -> Callable[[Message], Message | None]:
-    """Drop a site's first reply of a stage."""
+def silent_once(stage: str, *, time: int = 1) -> Callable[[Message], Message | None]:
+    """Drop a site's n-th reply of a stage: the first is for training, the second for scoring."""
     asked = 0
 
     def reply(message: Message) -> Message | None:
         nonlocal asked
         asked += message.metadata.message_type == stage
-        return None if asked == 1 and message.metadata.message_type == stage else message
+        return None if asked == time and message.metadata.message_type == stage else message
 
     return reply
+
+
+def last_run(run_study: Run) -> Path:
+    return (Path(run_study.grid.run_config["output.dir"]) / "latest").resolve()  # type: ignore[attr-defined]
+
+
+def keeps_no_secret(grid: Any) -> bool:
+    states = [json.loads(c.state["secagg"]["state"]) for c in grid._contexts.values()]
+    return all(set(state) <= {"run", "round", "purpose", "stage"} for state in states)
 
 
 def test_secure_run_equals_the_plain_run_and_shows_only_sums(
@@ -85,16 +97,25 @@ def test_secure_run_equals_the_plain_run_and_shows_only_sums(
     assert farthest(plain, secure) < 1e-5  # 2 rounds; see the steps of fixed point below
     one, other = history(plain)[1], history(secure)[1]
     sums = other["secagg"]["sums"]
-    for key in SUMMED[1:-1]:
+    for key in SUMMED["train"][1:-1]:
         if key != "seconds":
             expected = sum(site["training"][key] for site in one["sites"].values())
             assert sums[key] == pytest.approx(expected, abs=1e-8)
     assert sums["weight"] == sum(site["weight"] for site in one["sites"].values())
     assert other["secagg"]["clipped"] == 0 and other["secagg"]["sites"] == 4
     assert [site["status"] for site in other["sites"].values()] == ["ok"] * 4
+    # Scores are those of the plain run, and of no site alone.
+    for one, other in zip(history(plain)[1:], history(secure)[1:], strict=True):
+        assert other["federated"].keys() == one["federated"].keys()
+        for key, value in one["federated"].items():
+            assert other["federated"][key] == pytest.approx(value, abs=5e-3), key
+        assert other["federated"]["cases"] == one["federated"]["cases"] > 0
+        assert other["scored"]["summed"] == 4
+        for site in other["sites"].values():
+            assert site["metrics"] == {} == site["training"] and site["weight"] == 0
     # On the wire: masked words and no number beside them; bytes are those of float32.
-    uploads = [m for m in grid.received if m.metadata.message_type == "train"]
-    assert len(uploads) == 8
+    uploads = [m for m in grid.received if m.metadata.message_type in ("train", "evaluate")]
+    assert len(uploads) == 16
     for message in uploads:
         assert set(message.content) == {"status", "metrics", "update", "secagg"}
         assert not message.content["metrics"]
@@ -104,7 +125,8 @@ def test_secure_run_equals_the_plain_run_and_shows_only_sums(
     # Nothing secret is left at a site.
     for context in grid._contexts.values():
         state = json.loads(context.state["secagg"]["state"])
-        assert state == {"run": secure.run_id, "round": 2, "stage": "done"}
+        last = {"round": 2, "purpose": "evaluate", "stage": "done"}
+        assert state == {"run": secure.run_id, **last}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -112,9 +134,9 @@ def test_a_site_that_vanishes_at_a_stage_is_left_out(
     stage: str, run_study: Run, sites: dict[int, Any]
 ) -> None:
     config = {**SECURE, "federation.rounds": 1, "federation.round-deadline": 1.0}
-    folder, _ = run_study(sites, config, reply={4: silent_once(stage)})
+    folder, grid = run_study(sites, config, reply={4: silent_once(stage)})
     line = history(folder)[1]
-    assert "failed" not in line
+    assert "failed" not in line and keeps_no_secret(grid)
     without = stage != "query.secagg_unmask"
     assert line["secagg"]["summed"] == (3 if without else 4)
     assert line["sites"]["dortmund"]["status"] == ("late" if without else "ok")
@@ -126,25 +148,93 @@ def test_a_site_that_vanishes_at_a_stage_is_left_out(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_below_the_threshold_a_round_fails_and_the_run_goes_on(
-    stage: str, run_study: Run, sites: dict[int, Any]
+    stage: str, run_study: Run, sites: dict[int, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two of four are gone in round 1; three must be left."""
-    config = {**SECURE, "federation.round-deadline": 1.0, "federation.rounds": 2}
+    rounds = 4 if stage == "train" else 2
+    config = {**SECURE, "federation.round-deadline": 1.0, "federation.rounds": rounds}
     folder, grid = run_study(sites, config, reply={n: silent_once(stage) for n in (3, 4)})
-    start, first, second = history(folder)
+    start, first, *more, last = history(folder)
     assert "secagg" not in first and "expected at least" in first["failed"]
+    # The same model isn't scored twice: over other sites its scores would show one's own.
+    assert start["round"] == 0 and first["federated"] == {}
     trained = [m for m in grid.sent if m.metadata.message_type == "train"]
     if stage in STAGES[:2]:
         assert len(trained) == 4  # nothing is trained in vain
-    if stage == "train":  # of the two the server doesn't know whether they are still busy
-        assert "failed" in second and weights(folder).keys() == initial(folder).keys()
-        assert all(torch.equal(t, initial(folder)[n]) for n, t in weights(folder).items())
-    else:
-        assert "failed" not in second and second["secagg"]["summed"] == 4
-    assert start["round"] == 0
-    # Also of a round that failed a site keeps no secret.
-    for context in grid._contexts.values():
-        assert set(json.loads(context.state["secagg"]["state"])) == {"run", "round", "stage"}
+    # Of the two that train the server doesn't know for two rounds whether they are still busy.
+    assert all("failed" in line for line in more)
+    assert "failed" not in last and last["secagg"]["summed"] == 4
+    assert last["federated"]["cases"] == 4
+    shown = capsys.readouterr()
+    assert f"{len(more) + 1} of {rounds} rounds failed" in shown.out
+    assert f"round 1/{rounds} in" in shown.err and "failed, the model stays as it is" in shown.err
+    assert keeps_no_secret(grid)
+    page = (folder.path / "report.html").read_text()
+    assert f"<td>all</td><td>failed</td><td>{escape(first['failed'])}</td>" in page
+
+
+def test_a_run_of_which_every_round_failed_is_failed(run_study: Run, sites: dict[int, Any]) -> None:
+    config = {**SECURE, "federation.round-deadline": 1.0, "federation.rounds": 2}
+    with pytest.raises(StudyError, match=r"every round failed \(2\).*expected at least"):
+        run_study(sites, config, reply={n: silent_once("train") for n in (3, 4)})
+    path = last_run(run_study) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["status"] == "failed" and "every round failed (2)" in manifest["error"]
+    assert "every round failed (2)" in (path.parent / "report.html").read_text()
+
+
+@pytest.mark.parametrize("stage", SCORING)
+def test_who_vanishes_while_scoring_is_left_out_of_the_scores(
+    stage: str, run_study: Run, sites: dict[int, Any]
+) -> None:
+    config = {**SECURE, "federation.rounds": 1, "federation.round-deadline": 1.0}
+    time = 1 if stage == "evaluate" else 2
+    folder, grid = run_study(sites, config, reply={4: silent_once(stage, time=time)})
+    line = history(folder)[1]
+    assert line["secagg"]["summed"] == 4 and keeps_no_secret(grid)
+    assert {site["status"] for site in line["sites"].values()} == {"ok"}
+    without = stage != "query.secagg_unmask"
+    assert line["scored"]["summed"] == (3 if without else 4)
+    assert line["federated"]["cases"] == (3 if without else 4)
+
+
+def test_below_the_threshold_a_round_has_no_scores_and_the_run_goes_on(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    config = {**SECURE, "federation.round-deadline": 1.0}
+    reply = {n: silent_once("evaluate") for n in (3, 4)}
+    folder, grid = run_study(sites, config, reply=reply)
+    _, first, second = history(folder)
+    assert first["secagg"]["summed"] == 4 and first["federated"] == {}
+    assert "expected at least 3" in first["scored"]["failed"]
+    assert second["federated"]["cases"] == 4 and keeps_no_secret(grid)
+
+
+def test_personal_models_are_summed_too(
+    run_study: Run, sites: dict[int, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"federation.personal": True, "federation.rounds": 1, "train.steps-per-epoch": 3}
+    plain, _ = run_study(sites, {**PLAIN, **config})
+    each = json.loads((plain.path / "manifest.json").read_text())["personal"]
+    secure, grid = run_study(sites, {**SECURE, **config})
+    manifest = json.loads((secure.path / "manifest.json").read_text())
+    summed = manifest["personal_sum"]
+    assert "personal" not in manifest and summed["sites"] == 4
+    assert summed["kept"] == sum(entry["kept"] for entry in each.values())
+    assert summed["personal"]["cases"] == 4
+    for key in ("liver.dice", "liver.recall", "tumor.precision"):
+        known = [entry["personal"] for entry in each.values()]
+        counts = sum(site[f"{key}.cases"] for site in known)
+        mean = sum((site[key] or 0) * site[f"{key}.cases"] for site in known) / counts
+        assert summed["personal"][key] == pytest.approx(mean, abs=5e-3)
+    assert summed["global"] == history(secure)[1]["federated"]
+    for message in grid.received:
+        assert not message.content.metric_records.get("metrics")
+    assert f"{summed['kept']} of 4 sites" in capsys.readouterr().out
+    page = (secure.path / "report.html").read_text()
+    assert f"better than the shared one at {summed['kept']} of 4 sites" in page
+    assert "its own scores stay at the site" in page
+    assert run_steps(history(secure)) == 3 == run_steps(history(plain))
 
 
 def test_a_resumed_secure_run_goes_on(run_study: Run, sites: dict[int, Any]) -> None:
@@ -202,8 +292,9 @@ def test_pinned_keys_are_signed_and_an_invented_peer_is_refused(
     assert history(folder)[1]["secagg"]["signed"] is True
     assert "query.secagg_confirm" in {m.metadata.message_type for m in grid.sent}
     keys_for(sites, home, unknown="dortmund")
-    folder, _ = run_study(sites, {**SECURE, "federation.rounds": 1})
-    line = history(folder)[1]
+    with pytest.raises(StudyError, match="every round failed"):
+        run_study(sites, {**SECURE, "federation.rounds": 1})
+    line = json.loads((last_run(run_study) / "history.jsonl").read_text().splitlines()[1])
     assert "secagg" not in line and "threshold" in line["failed"]
     refused = [name for name, site in line["sites"].items() if site["status"] != "ok"]
     assert refused == ["aachen", "bonn", "chemnitz"]

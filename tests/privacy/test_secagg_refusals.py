@@ -191,7 +191,10 @@ def test_steps_come_in_one_order_and_once(stage: str) -> None:
 def test_messages_of_other_runs_and_rounds_are_refused(stage: str) -> None:
     _, states, data = to_stage(stage, signers=SIGNERS[:4])
     good = data[MESSAGE_OF[stage]]
-    for changed in ({"run": "run-2"}, {"round": 2}, {"stage": "other"}, {"round": True}, {"x": 1}):
+    for changed in (
+        *({"run": "run-2"}, {"round": 2}, {"round": True}, {"stage": "other"}),
+        *({"purpose": "evaluate"}, {"purpose": "other"}, {"x": 1}),
+    ):
         with pytest.raises(ProtocolError):
             STEPS[stage](states[0], edited(good, **changed))
     for key in json.loads(good):

@@ -35,6 +35,7 @@ NEARLY = st.fixed_dictionaries(
         "stage": st.sampled_from(["keys", "roster", "shares", "inbox", "unmask", "reveal"]),
         "run": st.just("run-1") | JSON,
         "round": st.just(1) | JSON,
+        "purpose": st.just("train") | JSON,
     },
     optional={
         "advert": ADVERT,
@@ -111,7 +112,11 @@ def test_one_changed_byte_never_passes_for_shares(data: Any) -> None:
     ("kind", "data"),
     [
         (Roster, b"[" * 100_000),
-        (Roster, b'{"stage":"roster","run":"run-1","round":1,"adverts":' + b"[" * 50_000),
+        (
+            Roster,
+            b'{"stage":"roster","run":"run-1","round":1,"purpose":"train","adverts":'
+            + b"[" * 50_000,
+        ),
         (Unmasking, b" " * 2**20 + b"{}"),
         (Shares, json.dumps({"run": "run-1", "round": 1, "sealed": [[0, "00"]] * 2000}).encode()),
         (Keys, b'{"run":"run-1","round":1e0}'),
@@ -120,11 +125,11 @@ def test_one_changed_byte_never_passes_for_shares(data: Any) -> None:
 )
 def test_large_and_deep_messages_are_refused(kind: Any, data: bytes) -> None:
     with pytest.raises(ProtocolError):
-        unpack(kind, data, run="run-1", round_number=1)
+        unpack(kind, data, AGREED.stamp)
 
 
 def test_an_error_does_not_repeat_what_was_sent() -> None:
     secret = "ab" * 20
     with pytest.raises(ProtocolError) as error:
-        unpack(Keys, json.dumps({"stage": secret}).encode(), run="run-1", round_number=1)
+        unpack(Keys, json.dumps({"stage": secret}).encode(), AGREED.stamp)
     assert secret not in str(error.value) and "\n" not in str(error.value)
