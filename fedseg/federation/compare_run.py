@@ -103,7 +103,7 @@ def run_steps(history: Sequence[dict[str, Any]]) -> int:
 def _most_steps(line: Mapping[str, Any]) -> int:
     if "secagg" in line:  # only the sum over the sites is known: their mean
         secagg = line["secagg"]
-        return math.ceil(float(secagg["sums"]["steps"]) / secagg["summed"])
+        return math.ceil(float(secagg["sums"]["steps"]) / float(secagg["summed"]))
     sites = line.get("sites", {}).values()
     return max((int((site.get("training") or {}).get("steps", 0)) for site in sites), default=0)
 

@@ -20,7 +20,8 @@ from local_grid import SMALL, LocalGrid
 
 from fedseg import server_app
 from fedseg.errors import FedSegError
-from fedseg.federation import collect, rounds, train_round
+from fedseg.federation import collect, rounds, secure_sum, train_round
+from fedseg.privacy import secagg_server
 from fedseg.segmentation import tensor_file
 
 # Stage of round 2 of a run with three sites: a function, killed before or after its n-th call (of
@@ -32,6 +33,13 @@ STAGES: dict[str, tuple[Any, str, str, int]] = {
     "before-saving": (rounds, "save_checkpoint", "before", 3),
     "while-saving": (tensor_file, "save_file", "after", 3),
     "after-saving": (rounds, "save_checkpoint", "after", 3),
+}
+
+# The same under secure aggregation: a round unmasks two sums, of updates and of scores.
+SECURE_STAGES: dict[str, tuple[Any, str, str, int]] = {
+    "secure-sending": (secure_sum, "_uploads", "before", 3),
+    "secure-unmasking": (secagg_server, "unmask", "before", 3),
+    "secure-scoring": (rounds, "secure_scores", "before", 2),
 }
 
 
@@ -78,7 +86,7 @@ def main() -> None:
     if arguments["stage"] == "full-disk":
         fill_disk(at_save=3, limit=10_000)
     elif arguments["stage"]:
-        module, name, when, call = STAGES[arguments["stage"]]
+        module, name, when, call = {**STAGES, **SECURE_STAGES}[arguments["stage"]]
         die(module=module, name=name, when=when, call=call)
     run_config = {**SMALL, **arguments["config"]}
     nodes = {int(node): config for node, config in arguments["nodes"].items()}
