@@ -36,6 +36,7 @@ class Round:
 
     party: Party
     states: dict[int, State]
+    received: dict[int, State] = field(default_factory=dict)
     sealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
     uploads: dict[int, Words] = field(default_factory=dict)
     plain: dict[int, Words] = field(default_factory=dict)
@@ -108,6 +109,7 @@ def run_round(
             inbox = secagg_server.inbox_message(party, k, done.sealed)
             done.bytes_down += len(inbox)
             state = State.from_json(secagg.receive(done.states[k], inbox, agreed).to_json())
+            done.received[k] = state
             done.plain[k], done.uploads[k] = words[i].copy(), words[i].copy()
             done.states[k], data = secagg.mask(state, agreed, done.uploads[k])
             done.bytes_up += len(data) + done.uploads[k].nbytes

@@ -11,7 +11,7 @@ from scipy.stats import chi2
 
 from fedseg.errors import ProtocolError, TooFewSites
 from fedseg.privacy import secagg_server
-from fedseg.privacy.roster import Terms
+from fedseg.privacy.roster import Terms, party_of
 from fedseg.privacy.secagg_keys import join_secret, mask_key, self_mask_key
 from fedseg.privacy.secagg_masks import Words, add_mask
 from fedseg.privacy.secagg_server import RunningSum
@@ -157,37 +157,38 @@ def test_with_any_single_mask_left_in_place_the_sum_is_wrong() -> None:
 
     keys = [self_mask_key(restored(index), party.digest) for index in range(4)]
     keys += [mask_key(restored(4), party.adverts[peer].mask, party.digest) for peer in range(4)]
-    # Masks of two sites in the sum cancel: left in place on one side they do not, see below.
-    again = run_round(words, agreed, drop={4: "upload"})
-    assert (again.uploads[0] != done.uploads[0]).mean() > 0.99
     for key in keys:
         wrong = oracle.copy()
         add_mask(wrong, key)
         assert (wrong != oracle).mean() > 0.99
-    for missing in range(4):
-        others = [done.uploads[index] for index in range(4) if index != missing]
-        total = RunningSum(words=np.sum(np.array(others), axis=0, dtype=np.uint32))
-        total.words += words[missing]  # as if it had come without its masks
-        total.sites |= {0, 1, 2, 3}
+    # Masks of two sites in the sum cancel: with one of them missing on one side they do not.
+    pairs = list(itertools.permutations(range(4), 2))
+    assert len(pairs) == 12
+    for site, peer in pairs:
+        key = mask_key(done.received[site].mask, party.adverts[peer].mask, party.digest)
+        rows = [done.uploads[index].copy() for index in range(4)]
+        add_mask(rows[site], key, subtract=site < peer)  # taken off again
+        total = RunningSum(words=np.sum(rows, axis=0, dtype=np.uint32), sites={0, 1, 2, 3})
         secagg_server.unmask(total, party, done.sealed, done.revealed)
         assert (total.words != oracle).mean() > 0.99
 
 
-def test_two_rounds_and_two_runs_never_share_a_mask() -> None:
+def test_no_two_rounds_runs_or_purposes_share_a_mask() -> None:
     zeros = [np.zeros(1000, np.uint32)] * 3
-    seen = [
-        run_round(zeros, terms(number, run=run)).uploads
-        for run, number in (("a", 1), ("a", 2), ("b", 1), ("a", 1))
-    ]
+    agreed = [terms(number, run=run) for run, number in (("a", 1), ("a", 2), ("b", 1), ("a", 1))]
+    agreed += [terms(run="a", purpose=purpose) for purpose in ("evaluate", "final")]
+    seen = [run_round(zeros, each).uploads for each in agreed]
     rows = [words for uploads in seen for words in uploads.values()]
-    assert len({words.tobytes() for words in rows}) == 12
+    assert len({words.tobytes() for words in rows}) == 18
     for one, other in itertools.combinations(rows, 2):
         assert (one == other).mean() < 0.01
-    # Even with one secret: the key depends on run and round by the digest.
-    secret, digests = bytes(16), [b"run-1 round 1", b"run-1 round 2", b"run-2 round 1"]
-    assert len({self_mask_key(secret, digest) for digest in digests}) == 3
-    peer = bytes([9] + 31 * [0])
-    assert len({mask_key(secret, peer, digest) for digest in digests}) == 3
+    # Even with one secret: the key depends on run, round and purpose by the digest.
+    adverts = run_round(zeros, agreed[0]).party.adverts
+    digests = {party_of(adverts, each).digest for each in agreed}
+    secret, peer = bytes(16), bytes([9] + 31 * [0])
+    assert len(digests) == len(agreed) - 1  # the first and the fourth have the same terms
+    assert len({self_mask_key(secret, digest) for digest in digests}) == len(digests)
+    assert len({mask_key(secret, peer, digest) for digest in digests}) == len(digests)
 
 
 def test_a_wrong_share_gives_an_error_and_never_a_wrong_sum() -> None:
