@@ -129,6 +129,25 @@ def test_secure_run_equals_the_plain_run_and_shows_only_sums(
         assert state == {"run": secure.run_id, **last}
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_round_differs_from_the_plain_one_by_fixed_point_at_most(
+    optimizer: str, run_study: Run, sites: dict[int, Any]
+) -> None:
+    """Each of n words is rounded by less than 1: the mean by less than n c W / (S sum w).
+
+    Over more rounds AdamW makes more of it: where a gradient is near 0 its step hangs on last bits.
+    """
+    config = {"train.optimizer": optimizer, "federation.rounds": 1}
+    plain, _ = run_study(sites, {**PLAIN, **config})
+    secure, _ = run_study(sites, {**SECURE, **config})
+    scale, weight = (2**31 - 1) // 4, history(secure)[1]["secagg"]["sums"]["weight"]
+    bound = 4 * 1.0 * 1000.0 / (scale * weight)
+    largest = max(float(tensor.abs().max()) for tensor in weights(plain).values())
+    moved = max(float((t - initial(plain)[n]).abs().max()) for n, t in weights(plain).items())
+    assert moved > 100 * bound
+    assert 0 < farthest(plain, secure) < bound + 2 * largest * 2**-24
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_site_that_vanishes_at_a_stage_is_left_out(
     stage: str, run_study: Run, sites: dict[int, Any]

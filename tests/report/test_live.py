@@ -94,3 +94,12 @@ def test_runs_are_found_by_id_folder_and_latest(folder: Path) -> None:
     for name in ("nothing", "", "."):
         with pytest.raises(StudyError, match="expected a run's id, its folder or latest"):
             find_run(name, root)
+
+
+def test_a_failed_round_shows_with_its_reason(folder: Path) -> None:
+    found = lines()[:3]
+    found[1]["failed"] = "secure aggregation: 2 of 4 sites are left"
+    write_history(folder, found)
+    status(folder, status="running")
+    text = " ".join(shown(view(read_run(folder))).split())
+    assert "1 failed" in text and "2 of 4 sites are left" in text

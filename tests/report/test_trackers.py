@@ -211,3 +211,12 @@ def test_an_error_of_the_run_passes_through(own: list[Any], tmp_path: Path) -> N
         track(lines()[1])
         raise KeyboardInterrupt
     assert own == [(1, 0.6), "closed"]
+
+
+def test_scalars_of_a_line_that_has_sums_only() -> None:
+    line = lines()[3]
+    line["sites"] = {name: {"status": "ok", "metrics": {}} for name in line["sites"]}
+    line["secagg"] = {"summed": 4, "sums": {"loss": 2.0}}
+    found = scalars(line)
+    assert found["round/loss"] == 0.5
+    assert not any(key.startswith("sites/") for key in found)
