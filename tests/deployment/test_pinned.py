@@ -39,7 +39,8 @@ def test_pinned_supernodes_sign_and_refuse_an_invented_peer(
     for name in SITES:
         start_site(workplace, name, phantoms / name, public)
     workplace.wait_online(3)
-    run = workplace.deploy({**SECURE, "federation.sites": 3, "federation.rounds": 1})
+    config = {**SECURE, "federation.rounds": 1}
+    run = workplace.deploy({**config, "federation.sites": 3}, seconds=600)
     assert run.status == "finished:completed"
     line = run.history()[1]
     assert line["secagg"]["signed"] is True and line["secagg"]["summed"] == 3
@@ -50,7 +51,7 @@ def test_pinned_supernodes_sign_and_refuse_an_invented_peer(
     invented = {**public, INVENTED: make_key(workplace, INVENTED)}
     start_site(workplace, INVENTED, phantoms / "site-0", invented)
     workplace.wait_online(4)
-    refused = workplace.deploy({**SECURE, "federation.sites": 4, "federation.rounds": 1})
+    refused = workplace.deploy({**config, "federation.sites": 4}, seconds=600)
     assert refused.status == "finished:failed"
     assert refused.manifest()["status"] == "failed"
     line = refused.history()[1]

@@ -46,4 +46,4 @@ def test_supernodes(workplace: Workplace, phantoms: Path) -> None:
         }
         workplace.supernode(name, config)
     workplace.wait_online(3)
-    check(workplace.deploy(SECURE))
+    check(workplace.deploy(SECURE, seconds=600))
