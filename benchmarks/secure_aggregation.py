@@ -102,7 +102,9 @@ def main() -> None:
     os.environ[SECONDS] = str(training)
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-    lines = {secure: simulated(secure=secure, width=width, rounds=rounds) for secure in (False, True)}
+    lines = {
+        secure: simulated(secure=secure, width=width, rounds=rounds) for secure in (False, True)
+    }
     seconds = {key: middle([line["seconds"] for line in found]) for key, found in lines.items()}
     up, down = (
         {key: middle([line[name] for line in found]) for key, found in lines.items()}
