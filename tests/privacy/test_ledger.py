@@ -139,7 +139,7 @@ def test_torn_line_is_mended_and_told_of_wherever_it_is_cut(
 
 def test_damaged_last_line_stops_appends(ledger: Path) -> None:
     whole = ledger.read_bytes()
-    ledger.write_bytes(whole[:-20] + b"0" + whole[-19:])
+    ledger.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
     with pytest.raises(LedgerError, match="last line: was changed"):
         append(ledger, {"kind": "next"})
     assert ledger.stat().st_size == len(whole)
