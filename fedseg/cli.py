@@ -14,6 +14,7 @@ from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
 from fedseg.commands.predict import predict
 from fedseg.commands.report import report
+from fedseg.commands.sign import hub, sign
 from fedseg.commands.watch import watch
 from fedseg.errors import FedSegError
 from fedseg.logs import show_logs
@@ -66,6 +67,6 @@ def _version(
 
 for command in (
     *(phantom, check, fingerprint, predict, evaluate, compare, export, report, watch),
-    *(audit,),
+    *(audit, sign, hub),
 ):
     app.command()(command)

@@ -154,7 +154,9 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _claims(manifest: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> Iterator[_Claim]:
     for entry in manifest["received"]:
-        yield _Claim(round=None, numbers={}, size=None, **_part(entry, "site", "kind", "sha256", "ledger"))
+        yield _Claim(
+            round=None, numbers={}, size=None, **_part(entry, "site", "kind", "sha256", "ledger")
+        )
     for line in lines:
         for site, told in line.get("sites", {}).items():
             yield from _claimed(site, line["round"], told)
