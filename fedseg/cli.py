@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from fedseg import __version__
+from fedseg.commands.audit import audit
 from fedseg.commands.compare import compare
 from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
 from fedseg.commands.predict import predict
 from fedseg.commands.report import report
+from fedseg.commands.sign import hub, sign
 from fedseg.commands.watch import watch
 from fedseg.errors import FedSegError
 from fedseg.logs import show_logs
@@ -63,5 +65,8 @@ def _version(
         raise typer.Exit
 
 
-for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report, watch):
+for command in (
+    *(phantom, check, fingerprint, predict, evaluate, compare, export, report, watch),
+    *(audit, sign, hub),
+):
     app.command()(command)

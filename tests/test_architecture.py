@@ -19,7 +19,7 @@ LAYERS = (
     ("sections",),
     ("config",),
     ("site_config",),
-    ("arrays",),
+    ("arrays", "peers", "receipts"),
     ("messages",),
     ("data",),
     ("segmentation",),

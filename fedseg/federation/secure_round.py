@@ -25,6 +25,7 @@ from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.roster import Party
 from fedseg.privacy.secagg_server import RunningSum
 from fedseg.privacy.secagg_wire import Purpose
+from fedseg.privacy.words_checksum import checksum
 from fedseg.segmentation.metrics import empty_sums, summarise
 
 __all__ = ["secure_change", "secure_personal", "secure_scores", "take_late"]
@@ -105,6 +106,8 @@ def _account(going: Summing, party: Party, total: RunningSum) -> dict[str, Any]:
     return {
         "sites": party.size,
         "summed": len(total.sites),
+        "in_sum": [going.names[index] for index in sorted(total.sites)],
+        "checksum": checksum(total.words, party.terms),
         "threshold": party.threshold,
         "signed": party.signed,
         "seconds": going.seconds,
@@ -170,7 +173,7 @@ def _scored(
         sums = _numbers(party, total, purpose)
     except ProtocolError as error:
         log.warning("round %d: no scores of the sites: %s", number, error)
-        return {"failed": str(error)}, {}
+        return {"failed": str(error), "received": _received(going)}, {}
     finally:
         once()
         forget(going)
@@ -178,7 +181,12 @@ def _scored(
             if line["status"] != "ok":
                 reason = REASONS[Reason(line["reason"] or "error")]
                 log.warning("round %d: %s gave no metrics: %s", number, name, reason)
-    return _account(going, party, total), sums
+    return {**_account(going, party, total), "received": _received(going)}, sums
+
+
+def _received(going: Summing) -> dict[str, Any]:
+    """Receipts of each site's answers, for the audit."""
+    return {name: line["received"] for name, line in sorted(going.lines.items())}
 
 
 def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> None:
@@ -191,7 +199,10 @@ def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> N
             continue
         del late[name]
         for reply in replies:
-            status = read_answer(reply, declared=()).status
-            record = {"site": name, "round": asked, "status": status, "used": False}
+            answer = read_answer(reply, declared=())
+            record = {
+                **{"site": name, "round": asked, "status": answer.status, "used": False},
+                "received": answer.receipt.entry() if answer.receipt else {},
+            }
             entries["late"].append(record)
             log.info("round %d: update of %s from round %d came late", number, name, asked)

@@ -5,6 +5,7 @@ The secrets of a round are one JSON in `context.state`, which stays at the node.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from flwr.app import ConfigRecord, Context, Message
 from fedseg.config import StudyConfig
 from fedseg.data.node import Site, open_site
 from fedseg.errors import ProtocolError, Reason, SiteError
+from fedseg.federation.egress import Reply
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.messages import PERSONAL, TRAIN_METRICS, Task, answer_message, protocol_data
@@ -25,7 +27,8 @@ from fedseg.privacy.secagg_masks import Words
 from fedseg.privacy.secagg_state import State
 from fedseg.privacy.secagg_wire import Begin, Purpose, unpack
 from fedseg.privacy.sent_once import check_unsent, note_sending
-from fedseg.registry import is_custom, resolve
+from fedseg.privacy.words_checksum import checksum
+from fedseg.registry import resolve
 from fedseg.segmentation.metrics import empty_sums
 
 __all__ = [
@@ -127,6 +130,8 @@ def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
         pinned=pinned,
         least=max(LEAST_SITES, study.federation.min_sites),
     )
+    if len(state.adverts) <= site.config.policy.min_peers:  # here they can be counted
+        raise SiteError(Reason.POLICY_MIN_PEERS)
     return _answer(message, context, state, data)
 
 
@@ -167,18 +172,15 @@ SECURE_STEPS: dict[str, Callable[[Message, Context, StudyConfig], Message]] = {
 
 
 def received(
-    message: Message, context: Context, study: StudyConfig, site: Site, purpose: Purpose
+    message: Message, context: Context, study: StudyConfig, purpose: Purpose
 ) -> State | None:
     """Take the neighbours' shares that come with the message; None without the protocol.
 
     Raises:
         ProtocolError: They are no good: nothing is computed in vain.
-        SiteError: The study's weighting is code from outside, which the site's policy forbids.
     """
     if not study.privacy.secure_aggregation:
         return None
-    if is_custom(study.federation.weighting) and not site.config.policy.allow_custom_code:
-        raise SiteError(Reason.POLICY_CUSTOM_CODE)
     terms = _terms(message, study, purpose)
     return secagg.receive(_loaded(context), protocol_data(message), terms)
 
@@ -191,12 +193,12 @@ def masked_answer(
     state: State,
     update: Mapping[str, torch.Tensor],
     metrics: Mapping[str, float],
-) -> Message:
+) -> Reply:
     """Bound, weigh, encode and mask an update and its numbers; nothing leaves but masked words."""
     terms = _terms(message, study, "train")
     encoding = secagg.party(state, terms).encoding
     values = flatten(update, layout_of(update)).numpy()
-    _bound_norm(values, study.privacy.secagg_max_norm)
+    norm = _bound_norm(values, study.privacy.secagg_max_norm)
     weigh = resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
     weight = effective_weight(float(weigh(metrics)), encoding)
     keys = SUMMED["train"]
@@ -205,7 +207,12 @@ def masked_answer(
     clipped = encode_values(values, weight, encoding, rng=rng, out=words[: len(values)])
     numbers = {**metrics, "weight": weight, "clipped": float(clipped)}
     words[len(values) :] = encode_numbers([numbers[key] for key in keys], encoding)
-    return _masked(message, context, site, state, terms, words)
+    notes = {
+        "norm": norm,
+        "clip": study.privacy.secagg_max_norm,
+        "masked": {"numbers": numbers},
+    }
+    return _masked(message, context, site, state, terms, words, notes)
 
 
 def masked_sums(
@@ -215,29 +222,40 @@ def masked_sums(
     site: Site,
     state: State,
     sums: Mapping[str, float],
-) -> Message:
+) -> Reply:
     """Encode and mask the numbers of an evaluation; nothing leaves but masked words."""
     terms = _terms(message, study, state.purpose)
     encoding = secagg.party(state, terms).encoding
     compared = {COMPARED: float(PERSONAL + "kept" in sums)}
-    numbers = [{**sums, **compared}.get(key, 0.0) for key in SUMMED[state.purpose]]
-    return _masked(message, context, site, state, terms, encode_numbers(numbers, encoding))
+    numbers = {key: {**sums, **compared}.get(key, 0.0) for key in SUMMED[state.purpose]}
+    words = encode_numbers(list(numbers.values()), encoding)
+    return _masked(message, context, site, state, terms, words, {"masked": {"numbers": numbers}})
 
 
 def _masked(
-    message: Message, context: Context, site: Site, state: State, terms: Terms, words: Words
-) -> Message:
+    message: Message,
+    context: Context,
+    site: Site,
+    state: State,
+    terms: Terms,
+    words: Words,
+    notes: dict[str, Any],
+) -> Reply:
+    party = secagg.party(state, terms)
+    notes["masked"]["checksum"] = checksum(words, terms)
+    notes["roster"] = {"sites": party.size, "sha256": party.digest.hex()}
     after, data = secagg.mask(state, terms, words)
     note_sending(site.config.cache, site.name, terms)
     _save(context, after)
     masked = {WORDS: torch.from_numpy(words)}
-    return answer_message(message, status="ok", update=masked, protocol=data)
+    answer = answer_message(message, status="ok", update=masked, protocol=data)
+    return Reply(message=answer, notes=notes)
 
 
-def _bound_norm(values: np.ndarray, most: float | None) -> None:
-    """Scale an update down, in place, whose L2 norm is larger."""
-    if most is None:
-        return
+def _bound_norm(values: np.ndarray, most: float | None) -> float:
+    """Scale an update down, in place, whose L2 norm is larger; return the norm it has then."""
     norm = math.sqrt(np.einsum("i,i->", values, values, dtype=np.float64))
-    if norm > most:
-        values *= np.float32(most / norm)
+    if most is None or norm <= most:
+        return norm
+    values *= np.float32(most / norm)
+    return most

@@ -7,7 +7,7 @@ any stage; below the threshold it fails by `ProtocolError`.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -243,10 +243,12 @@ def _read(
             take(answer, arrival.site)
         except ProtocolError as error:
             log.warning("round %d: %s: %s", going.number, arrival.site, error)
-            answer = Answer(status="failed", reason=Reason.SECURE_AGGREGATION)
-    line = going.lines.get(arrival.site) or site_line(answer, seconds=arrival.seconds)
+            answer = replace(answer, status="failed", reason=Reason.SECURE_AGGREGATION)
+    fresh = site_line(answer, seconds=arrival.seconds)
+    line = going.lines.get(arrival.site) or fresh
+    line["received"] = {**line["received"], **fresh["received"]}
     if note:
-        line.update(site_line(answer, seconds=arrival.seconds), bytes_up=line["bytes_up"])
+        line.update(fresh, bytes_up=line["bytes_up"], received=line["received"])
     elif answer.status != "ok":
         log.warning("round %d: %s took no part in unmasking", going.number, arrival.site)
     line["bytes_up"] += up
