@@ -23,6 +23,7 @@ from fedseg.errors import ConfigError, FedSegError, ModelError, ProtocolError, R
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.flat import layout_of
 from fedseg.federation.secure_site import SECURE_STEPS, forget, masked_answer, received
+from fedseg.federation.site_privacy import protect
 from fedseg.federation.site_round import (
     kept_folder,
     local_layers,
@@ -161,6 +162,7 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
     update = {name: after[name].cpu() - before for name, before in shared.items()}
     if not all(bool(torch.isfinite(change).all()) for change in update.values()):
         raise SiteError(Reason.NOT_FINITE)
+    update = dict(protect(update, study).update)
     metrics = {
         "cases": len(cases.training),
         "voxels": sum(case.image.size for case in cases.training),
