@@ -12,6 +12,7 @@ from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
 from fedseg.commands.predict import predict
+from fedseg.commands.privacy import privacy
 from fedseg.commands.report import report
 from fedseg.commands.watch import watch
 from fedseg.errors import FedSegError
@@ -65,3 +66,4 @@ def _version(
 
 for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report, watch):
     app.command()(command)
+app.add_typer(privacy, name="privacy")

@@ -28,6 +28,7 @@ from fedseg.federation.federation import Federation, ServerEvaluation, Summary
 from fedseg.federation.fingerprints import collect_fingerprints
 from fedseg.federation.head import tumor_rows
 from fedseg.federation.history import check_monitor
+from fedseg.federation.privacy_check import check_privacy
 from fedseg.federation.reduce import reducer_of
 from fedseg.federation.resume import resume
 from fedseg.federation.rounds import personal_models, run_rounds
@@ -140,11 +141,13 @@ def _new(grid: Grid, study: StudyConfig) -> Federation:
     check_backend(study.train)
     source = _source(study)
     sites = _enough_sites(grid, study)
+    check_privacy(study, network, plan, sites=len(sites))
     fingerprints = {}
     if needs_fingerprints(study):
         fingerprints = collect_fingerprints(grid, sites, study)
         plan = make_plan(study, list(fingerprints.values()))
         network, strategy = _parts(study, plan)
+        check_privacy(study, network, plan, sites=len(sites))
     if source is not None:
         for note in fit_weights(network, source, allow_partial=study.model.init_partial):
             log.info("model.init-from: %s", note)
@@ -168,6 +171,7 @@ def _resumed(grid: Grid, study: StudyConfig) -> Federation:
     run = resume(study)
     network, strategy = _parts(run.study, run.plan)
     sites = _enough_sites(grid, run.study)
+    check_privacy(run.study, network, run.plan, sites=len(sites))
     network.load_state_dict(run.checkpoint.model)
     restore_strategy(strategy, run.checkpoint.strategy)
     federation = _federation(grid, run.study, run.plan, sites, network, strategy, run.folder)

@@ -32,6 +32,7 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
     """
     settings, progress = federation.study.federation, federation.progress
     if not progress.history:
+        progress.sites = len(federation.sites)
         _keep(federation, new_line(0, federation.evaluate(federation.network)))
     for number in range(progress.round + 1, settings.rounds + 1):
         if settings.patience and progress.since_best >= settings.patience:
