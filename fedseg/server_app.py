@@ -239,8 +239,8 @@ def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
     try:
         resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
         resolve("train.loss", study.train.loss, LOSSES)
-        check_strategy(study)
         check_compatible(study)
+        check_strategy(study)
         check_monitor(study.federation.monitor)
         check_trackers(study)
         return _initial_network(study, plan), make_strategy(study)
