@@ -5,6 +5,7 @@ FedSegError
 ├── DataError        a folder or file of a site is wrong
 │   └── CaseError    one case is wrong; a round skips it and counts it
 ├── ModelError       a network can't be built, read or run
+├── LedgerError      the site's ledger can't be written or read, or was tampered with
 ├── SiteError        a site can't or won't take part; carries the one Reason that may leave it
 ├── ProtocolError    a message or number that secure aggregation can't take
 │   └── TooFewSites  too few sites are left in a round of it
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FedSegError",
+    "LedgerError",
     "ModelError",
     "ProtocolError",
     "Reason",
@@ -73,6 +75,10 @@ class CaseError(DataError):
 
 class ModelError(FedSegError):
     """A network can't be built, read or run."""
+
+
+class LedgerError(FedSegError):
+    """The site's ledger can't be written or read, or doesn't hold together."""
 
 
 class ProtocolError(FedSegError):

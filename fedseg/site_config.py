@@ -135,6 +135,9 @@ class SiteConfig(Section):
         None,
         description="[peers] table, name to Ed25519 public key: secure aggregation with no other",
     )
+    ledger: str | None = Field(
+        None, description="file of what left the site; empty: ledger.jsonl in cache-dir"
+    )
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
 
     @field_validator("name")
@@ -162,6 +165,12 @@ class SiteConfig(Section):
     def cache(self) -> Path:
         """Absolute folder for preprocessed cases and state between rounds."""
         return Path(self.cache_dir).expanduser().absolute() if self.cache_dir else _default_cache()
+
+    @property
+    def ledger_file(self) -> Path:
+        """Absolute path of the ledger of what left the site."""
+        named = Path(self.ledger).expanduser().absolute() if self.ledger else None
+        return named or self.cache / "ledger.jsonl"
 
 
 def _default_cache() -> Path:
