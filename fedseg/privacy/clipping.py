@@ -13,7 +13,10 @@ _MARGIN = 1e-6
 
 def norm_of(tensors: Iterable[torch.Tensor]) -> float:
     """L2 norm of all tensors as one vector, summed in float64."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    # MPS has no float64. One number is read at the end: reading makes a GPU wait for Python.
+    parts = [(t.cpu() if t.device.type == "mps" else t).double() for t in tensors]
+    squares = [part.square().sum() for part in parts]
+    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
 
 
 def clip_factor(norm: float, clip: float) -> float:
