@@ -42,6 +42,7 @@ from fedseg.federation.strategies import (
 )
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.logs import show_logs
+from fedseg.privacy.accountant import check_accountant
 from fedseg.registry import is_custom, resolve
 from fedseg.report.at_end import report_run
 from fedseg.report.table import result_table
@@ -240,6 +241,8 @@ def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
         resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
         resolve("train.loss", study.train.loss, LOSSES)
         check_compatible(study)
+        if study.privacy.mode != "none":
+            check_accountant()
         check_strategy(study)
         check_monitor(study.federation.monitor)
         check_trackers(study)
