@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedseg import __version__
+from fedseg.commands.audit import audit
 from fedseg.commands.compare import compare
 from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
@@ -64,6 +65,9 @@ def _version(
         raise typer.Exit
 
 
-for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report, watch):
+for command in (
+    *(phantom, check, fingerprint, predict, evaluate, compare, export, report, watch),
+    *(audit,),
+):
     app.command()(command)
 app.add_typer(privacy, name="privacy")

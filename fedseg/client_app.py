@@ -1,9 +1,8 @@
 """The ClientApp: translate a message, call the library, answer. Nothing else leaves a site."""
 
 import functools
-import logging
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 # Waiting OpenMP threads that spin stall a step for seconds when other work shares the processor.
@@ -17,10 +16,11 @@ from torch import nn
 from fedseg.arrays import arrays_to_state
 from fedseg.config import StudyConfig
 from fedseg.data.measure import site_fingerprint
-from fedseg.data.node import Site, SiteCases, load_cases, open_site, own_name
+from fedseg.data.node import Site, SiteCases, load_cases, open_site
 from fedseg.data.plan import Plan
-from fedseg.errors import ConfigError, FedSegError, ModelError, ProtocolError, Reason, SiteError
+from fedseg.errors import ConfigError, Reason, SiteError
 from fedseg.federation.compression import scheme_of
+from fedseg.federation.egress import Reply, answered
 from fedseg.federation.flat import layout_of
 from fedseg.federation.secure_site import SECURE_STEPS, forget, masked_answer, received
 from fedseg.federation.site_privacy import protect
@@ -29,19 +29,12 @@ from fedseg.federation.site_round import (
     local_layers,
     packed,
     personal_sums,
+    sent_norm,
     train_at_site,
 )
-from fedseg.logs import show_logs
-from fedseg.messages import (
-    ARRAYS,
-    BUFFERS,
-    Greeting,
-    Task,
-    answer_message,
-    greeting_message,
-    stored_study,
-)
-from fedseg.registry import is_custom
+from fedseg.federation.site_spending import charge, check_spending
+from fedseg.messages import ARRAYS, BUFFERS, Greeting, Task, answer_message, greeting_message
+from fedseg.privacy.policy import enough_cases
 from fedseg.report.at_end import report_site
 from fedseg.segmentation.evaluation import score_cases
 from fedseg.segmentation.metrics import add
@@ -52,75 +45,7 @@ from fedseg.segmentation.training import choose_device, set_threads
 
 __all__ = ["app"]
 
-log = logging.getLogger("fedseg.site")
-
 app = ClientApp()
-
-Work = Callable[[Message, Context, StudyConfig], Message]
-
-_REASONS = {ModelError: Reason.MODEL, ProtocolError: Reason.SECURE_AGGREGATION}
-
-
-def answered(work: Work) -> Callable[[Message, Context], Message]:
-    """Turn whatever goes wrong into a reason code; the story stays in the site's own log."""
-
-    @functools.wraps(work)
-    def handler(message: Message, context: Context) -> Message:
-        show_logs()
-        try:
-            return work(message, context, _study(message, context))
-        except SiteError as error:
-            reason = error.reason
-            log.error("%s: %s", reason.value, error)
-        except ConfigError as error:
-            reason = Reason.PLAN
-            log.error("%s", error)
-        except FedSegError as error:
-            reason = _reason(error)
-            log.error("%s", error)
-        except ModuleNotFoundError as error:
-            reason = Reason.MODEL_MISSING
-            log.error("package %s isn't installed", error.name)
-        except (torch.OutOfMemoryError, MemoryError):
-            reason = Reason.OUT_OF_MEMORY
-            log.error("out of memory")
-        except Exception:
-            reason = Reason.ERROR
-            log.exception("a task failed")
-        status = "refused" if reason.refused else "failed"
-        if message.metadata.message_type == "query.hello":
-            return greeting_message(message, _apology(context, reason))
-        return answer_message(message, status=status, reason=reason)
-
-    return handler
-
-
-def _reason(error: FedSegError) -> Reason:
-    found = (reason for kind, reason in _REASONS.items() if isinstance(error, kind))
-    return next(found, Reason.DATA)
-
-
-def _study(message: Message, context: Context) -> StudyConfig:
-    """Flower's run config; in a resumed run the config it began with, which the message carries."""
-    stored = stored_study(message)
-    try:
-        if stored is not None:
-            return StudyConfig.from_json(stored)
-        return StudyConfig.from_run_config(context.run_config)
-    except ConfigError as error:
-        raise SiteError(Reason.CONFIG_MISMATCH, str(error)) from None
-
-
-def _apology(context: Context, reason: Reason) -> Greeting:
-    """Say hello all the same, so that people see which site can't take part."""
-    node = context.node_config
-    simulated = "data-dir" not in node and "num-partitions" in node
-    return Greeting(
-        name=own_name(node),
-        simulated=simulated,
-        sites=int(node["num-partitions"]) if simulated else 0,
-        reason=reason,
-    )
 
 
 @app.query("hello")
@@ -146,13 +71,13 @@ for _action, _step in SECURE_STEPS.items():
 
 @app.train()
 @answered
-def train(message: Message, context: Context, study: StudyConfig) -> Message:
+def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     """Train the global model on the site's cases and answer with the change."""
     task, plan, site = _accept(message, context, study)
-    secure = received(message, context, study, site)
+    secure = received(message, context, study)
     cases = _cases(site, plan, study)
-    if len(cases.training) + len(cases.validation) < site.config.policy.min_cases:
-        raise SiteError(Reason.POLICY_MIN_CASES)
+    enough_cases(site.config.policy, training=len(cases.training), held_out=len(cases.validation))
+    check_spending(site, study, plan)
     device = _device(site)
     kept = kept_folder(site, task.study_run, task.round_number - 1)
     network, shared = _network(message, plan, study, kept, device)
@@ -162,7 +87,8 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
     update = {name: after[name].cpu() - before for name, before in shared.items()}
     if not all(bool(torch.isfinite(change).all()) for change in update.values()):
         raise SiteError(Reason.NOT_FINITE)
-    update = dict(protect(update, study).update)
+    protected = protect(update, study)
+    charge(site, study, plan, task)
     metrics = {
         "cases": len(cases.training),
         "voxels": sum(case.image.size for case in cases.training),
@@ -175,9 +101,12 @@ def train(message: Message, context: Context, study: StudyConfig) -> Message:
         "seconds": trained.report.seconds,
     }
     if secure is not None:
-        return masked_answer(message, context, study, site, secure, update, metrics)
-    parts = packed(update, study, site, task)
-    return answer_message(message, status="ok", metrics=metrics, update=parts)
+        reply = masked_answer(message, context, study, site, secure, protected.update, metrics)
+        return replace(reply, notes={**reply.notes, **protected.notes})
+    parts = packed(protected.update, study, site, task)
+    answer = answer_message(message, status="ok", metrics=metrics, update=parts)
+    norm = sent_norm(parts, protected.update, study)
+    return Reply(message=answer, notes={"norm": norm, **protected.notes})
 
 
 def _check_size(site: Site, size: int) -> None:
@@ -217,15 +146,12 @@ def evaluate(message: Message, context: Context, study: StudyConfig) -> Message:
 
 
 def _accept(message: Message, context: Context, study: StudyConfig) -> tuple[Task, Plan, Site]:
-    """Read the task and check it against the site's own config and policy."""
+    """Read the task and check that it is this study's."""
     task = Task.from_message(message)
     if task.config_digest != study.digest():
         raise SiteError(Reason.CONFIG_MISMATCH)
     plan = Plan.from_json(task.plan)
     site = open_site(context.node_config, study)
-    custom = [name for name in (plan.model, study.train.loss) if is_custom(name)]
-    if custom and not site.config.policy.allow_custom_code:
-        raise SiteError(Reason.POLICY_CUSTOM_CODE)
     set_threads(site.config.threads)
     return task, plan, site
 

@@ -115,11 +115,25 @@ class Reason(StrEnum):
     UNREACHABLE = "unreachable"
     CRASHED = "crashed"
     SECURE_AGGREGATION = "secure-aggregation"
+    UNSIGNED = "unsigned"
+    LEDGER = "ledger"
     ERROR = "error"
     POLICY_CUSTOM_CODE = "policy-custom-code"
     POLICY_MIN_CASES = "policy-min-cases"
     POLICY_MAX_BYTES = "policy-max-bytes"
     POLICY_FINGERPRINT = "policy-fingerprint"
+    POLICY_EVALUATION_CASES = "policy-min-evaluation-cases"
+    POLICY_MIN_PEERS = "policy-min-peers"
+    POLICY_METRICS = "policy-metrics"
+    POLICY_QUERIES = "policy-queries"
+    POLICY_MODELS = "policy-models"
+    POLICY_STRATEGIES = "policy-strategies"
+    POLICY_SECURE_AGGREGATION = "policy-secure-aggregation"
+    POLICY_PRIVACY_MODES = "policy-privacy-modes"
+    POLICY_MAX_EPSILON = "policy-max-epsilon"
+    POLICY_MIN_NOISE = "policy-min-noise"
+    POLICY_MAX_CLIP = "policy-max-clip"
+    POLICY_ERROR = "policy-error"
 
     @property
     def refused(self) -> bool:
@@ -147,11 +161,25 @@ REASONS: dict[Reason, str] = {
     Reason.UNREACHABLE: "its node went away",
     Reason.CRASHED: "its process was killed, most often for lack of memory",
     Reason.SECURE_AGGREGATION: "it refused or broke secure aggregation; the log there says why",
+    Reason.UNSIGNED: "its node runs only a bundle signed by someone it trusts; sign this one",
+    Reason.LEDGER: "its ledger can't be written, so nothing left; its own log says why",
     Reason.ERROR: "it failed; its own log says why",
     Reason.POLICY_CUSTOM_CODE: "its policy forbids code from outside fedseg (allow-custom-code)",
     Reason.POLICY_MIN_CASES: "it has fewer cases than its policy's min-cases",
     Reason.POLICY_FINGERPRINT: "its policy shares no fingerprint; it still trains",
     Reason.POLICY_MAX_BYTES: "the update is larger than its policy's max-bytes",
+    Reason.POLICY_EVALUATION_CASES: "its metrics stand for too few cases (min-evaluation-cases)",
+    Reason.POLICY_MIN_PEERS: "the study has fewer other sites than its policy's min-peers",
+    Reason.POLICY_METRICS: "its policy doesn't let these metrics leave (metrics)",
+    Reason.POLICY_QUERIES: "its policy doesn't answer this (queries)",
+    Reason.POLICY_MODELS: "its policy doesn't allow this model.name (models)",
+    Reason.POLICY_STRATEGIES: "its policy doesn't allow this federation.strategy (strategies)",
+    Reason.POLICY_SECURE_AGGREGATION: "its policy wants privacy.secure-aggregation",
+    Reason.POLICY_PRIVACY_MODES: "its policy doesn't allow this privacy.mode (privacy-modes)",
+    Reason.POLICY_MAX_EPSILON: "privacy.max-epsilon is unset or over its policy's max-epsilon",
+    Reason.POLICY_MIN_NOISE: "privacy.noise-multiplier is under its policy's min-noise",
+    Reason.POLICY_MAX_CLIP: "updates aren't clipped to its policy's max-clip",
+    Reason.POLICY_ERROR: "its policy couldn't be judged, so it refused; its own log says why",
 }
 
 

@@ -4,13 +4,14 @@ Server to site: `arrays` (shared floats), `buffers` (integer state, where the ne
 `config` (see `Task`; of a resumed run also the stored study config). Site to server:
 `update` (change of the shared floats), `metrics` (numbers under declared keys), `status` (ok,
 failed or refused, and a reason code), `fingerprint`. Both ways `secagg`: a message of secure
-aggregation.
+aggregation. Every answer also has `ledger`, see `receipts`.
 """
 
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -19,6 +20,8 @@ from flwr.common.constant import ErrorCode
 from fedseg.arrays import array_bytes, state_to_arrays
 from fedseg.config import StudyConfig
 from fedseg.errors import ConfigError, Reason
+from fedseg.peers import Peers
+from fedseg.receipts import Receipt, receipt_of
 from fedseg.site_config import valid_site_name
 
 __all__ = [
@@ -69,6 +72,7 @@ class Task:
         round_number: This round, from 1.
         rounds: Rounds of the whole run.
         final: Whether training is over: the site then compares its personal model.
+        peers: The study's sites, see `Peers`.
         study: Study config as JSON where it isn't Flower's run config: in a resumed run.
         proximal_mu: FedProx's mu; 0 elsewhere. Under Flower's own key.
     """
@@ -79,6 +83,7 @@ class Task:
     round_number: int
     rounds: int
     final: bool = False
+    peers: Peers | None = None
     study: str = ""
     proximal_mu: float = 0.0
 
@@ -92,6 +97,7 @@ class Task:
                 "server-round": self.round_number,
                 "rounds": self.rounds,
                 "final": self.final,
+                **(self.peers.entries() if self.peers else {}),
                 **({"study": self.study} if self.study else {}),
             }
         )
@@ -122,6 +128,7 @@ class Task:
             round_number=int(str(numbers[0])),
             rounds=int(str(numbers[1])),
             final=record.get("final") is True,
+            peers=Peers.from_record(record),
             proximal_mu=float(mu),
         )
 
@@ -135,12 +142,14 @@ class Greeting:
         simulated: Whether it is simulated.
         sites: Number of simulated sites.
         reason: Why it can't take part, None if it can.
+        receipt: What came, at the server.
     """
 
     name: str = ""
     simulated: bool = False
     sites: int = 0
     reason: Reason | None = None
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +164,7 @@ class Answer:
         update: Encoded change of the shared floats, None where there is none.
         bytes_up: Size of the arrays received.
         protocol: Message of secure aggregation, None where there is none.
+        receipt: What came, to be held against the site's ledger; None where nothing did.
     """
 
     status: str
@@ -164,6 +174,7 @@ class Answer:
     update: ArrayRecord | None = None
     bytes_up: int = 0
     protocol: bytes | None = None
+    receipt: Receipt | None = None
 
 
 LATE = Answer(status="late", reason=Reason.DEADLINE)
@@ -176,10 +187,14 @@ def stored_study(message: Message) -> str | None:
     return text if isinstance(text, str) and len(text) <= _MAX_STUDY else None
 
 
-def query_content(study: StudyConfig) -> RecordDict:
-    """Content of hello and fingerprint: nothing, or the stored study config of a resumed run."""
+def query_content(study: StudyConfig, peers: Peers | None = None) -> RecordDict:
+    """Content of hello and fingerprint: the sites, where they are known; a resumed run's config."""
     text = study_text(study)
-    return RecordDict({CONFIG: ConfigRecord({"study": text})} if text else {})
+    entries: dict[str, Any] = {
+        **(peers.entries() if peers else {}),
+        **({"study": text} if text else {}),
+    }
+    return RecordDict({CONFIG: ConfigRecord(entries)} if entries else {})
 
 
 def study_text(study: StudyConfig) -> str:
@@ -226,6 +241,10 @@ def read_answer(message: Message, *, declared: Collection[str]) -> Answer:
     if message.has_error():
         reason, detail = _flower_error(message)
         return Answer(status="failed", reason=reason, detail=detail)
+    return replace(_read_content(message, declared), receipt=receipt_of(message))
+
+
+def _read_content(message: Message, declared: Collection[str]) -> Answer:
     content = message.content
     record = content.config_records.get(STATUS, ConfigRecord())
     status, code = record.get("status"), record.get("reason")
@@ -276,6 +295,7 @@ _FLOWER_ERRORS = {
     ErrorCode.MESSAGE_UNAVAILABLE: Reason.UNREACHABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: Reason.UNREACHABLE,
     ErrorCode.NODE_UNAVAILABLE: Reason.UNREACHABLE,
+    ErrorCode.INVALID_FAB: Reason.UNSIGNED,
     ErrorCode.CLIENT_APP_CRASHED: Reason.CRASHED,
 }
 
@@ -304,4 +324,5 @@ def read_greeting(message: Message) -> Greeting:
         simulated=record.get("simulated") is True,
         sites=sites if isinstance(sites, int) and 0 <= sites < 10**6 else 0,
         reason=Reason(code) if code in list(Reason) else None,
+        receipt=receipt_of(message),
     )

@@ -18,13 +18,18 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
-from fedseg.data.fingerprint import shared_scans
+from fedseg.data.fingerprint import Fingerprint, shared_scans
 from fedseg.data.held_out import server_cases
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
 from fedseg.errors import FedSegError, StudyError
 from fedseg.federation.compatible import check_compatible
-from fedseg.federation.federation import Federation, ServerEvaluation, Summary
+from fedseg.federation.federation import (
+    Federation,
+    ServerEvaluation,
+    Summary,
+    outside_rounds,
+)
 from fedseg.federation.fingerprints import collect_fingerprints
 from fedseg.federation.head import tumor_rows
 from fedseg.federation.history import check_monitor
@@ -105,6 +110,7 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     _log_plan(federation.plan)
     sites = {s.name: {"verified": s.verified, "simulated": s.simulated} for s in federation.sites}
     folder.update_manifest(status="running", error=None, sites=sites)
+    folder.add_received([e for s in federation.sites for e in outside_rounds(s.name, s.receipt)])
     folder.add_flower_run(context.run_id)
     try:
         with tracking(folder.path, federation.study) as federation.tell:
@@ -114,6 +120,7 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
         _report(federation, None)
         raise
+    folder.add_received(federation.received)
     models = sorted(folder.path.glob("model-*.safetensors"))
     hashes = {path.name: sha256_of(path) for path in models}
     folder.update_manifest(status="completed", sha256=hashes, personal=personal)
@@ -143,9 +150,10 @@ def _new(grid: Grid, study: StudyConfig) -> Federation:
     source = _source(study)
     sites = _enough_sites(grid, study)
     check_privacy(study, network, plan, sites=len(sites))
-    fingerprints = {}
+    fingerprints: dict[str, Fingerprint] = {}
+    received: list[dict[str, Any]] = []
     if needs_fingerprints(study):
-        fingerprints = collect_fingerprints(grid, sites, study)
+        fingerprints, received = collect_fingerprints(grid, sites, study)
         plan = make_plan(study, list(fingerprints.values()))
         network, strategy = _parts(study, plan)
         check_privacy(study, network, plan, sites=len(sites))
@@ -162,6 +170,7 @@ def _new(grid: Grid, study: StudyConfig) -> Federation:
         fingerprints=sorted(fingerprints),
         shared_scans=[[*pair, count] for pair, count in shared.items()],
     )
+    folder.add_received(received)
     for (one, other), count in shared.items():
         log.warning("%s and %s both hold %d scans: leave them out at one", one, other, count)
     return _federation(grid, study, plan, sites, network, strategy, folder)

@@ -59,6 +59,24 @@ def _regions(value: object) -> object:
     return tuple(part.strip() if isinstance(part, str) else part for part in value)
 
 
+def _names(value: object) -> object:
+    """Parse `"a,b"` of node-config, or `["a", "b"]` of site.toml."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
+Queries = Annotated[
+    tuple[Literal["hello", "fingerprint", "train", "evaluate", "secagg"], ...] | None,
+    BeforeValidator(_names),
+]
+Modes = Annotated[
+    tuple[Literal["none", "central-dp", "local-dp", "record-dp"], ...] | None,
+    BeforeValidator(_names),
+]
+
+
 def _label_map(value: object) -> object:
     """Parse `{"3" = 1, cancer = "tumor"}` of site.toml, or `"3:1,cancer:tumor"` of node-config."""
     pairs = value.items() if isinstance(value, Mapping) else None
@@ -89,7 +107,41 @@ class PolicyConfig(Section):
     """What the site lets a study do; a study that asks for more is refused."""
 
     min_cases: int = Field(1, ge=1, description="fewest cases the site trains with")
+    min_evaluation_cases: int = Field(
+        1, ge=1, description="fewest held-out cases that metrics which leave stand for"
+    )
+    min_peers: int = Field(0, ge=0, description="fewest other sites a study has")
     max_bytes: int | None = Field(None, ge=1, description="most bytes of an update a round")
+    metrics: Names = Field(
+        None,
+        description="numbers that may leave: names, what they begin with (liver), or training; "
+        "empty: all",
+    )
+    queries: Queries = Field(
+        None,
+        description="what is answered: hello, fingerprint, train, evaluate, secagg; empty: all",
+    )
+    models: Names = Field(None, description="networks that are trained; empty: all")
+    strategies: Names = Field(None, description="strategies of studies; empty: all")
+    require_secure_aggregation: bool = Field(
+        False, description="whether studies must have secure aggregation"
+    )
+    privacy_modes: Modes = Field(
+        None,
+        description="privacy.mode of studies: none, central-dp, local-dp, record-dp; empty: all",
+    )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="largest privacy.max-epsilon of studies; with local-dp and record-dp the most "
+        "that the site's data spends over all studies; empty: no limit",
+    )
+    min_noise: float | None = Field(
+        None, gt=0, description="smallest privacy.noise-multiplier of studies; empty: no limit"
+    )
+    max_clip: float | None = Field(
+        None, gt=0, description="largest norm that studies clip updates to; empty: no limit"
+    )
     min_count: int = Field(
         5, ge=1, description="fewest cases or lesions a number of the fingerprint stands for"
     )

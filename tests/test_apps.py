@@ -132,14 +132,16 @@ class TestWhatLeaves:
         content = message.content
         assert not message.has_error()
         kind = message.metadata.message_type
+        assert set(content["ledger"]) == {"hash"}
+        assert re.fullmatch("[0-9a-f]{64}", content["ledger"]["hash"])
         if kind == "query.hello":
-            assert set(content) == {"site"}
+            assert set(content) == {"site", "ledger"}
             site = content["site"]
             assert set(site) == {"name", "simulated", "sites", "reason"}
             assert site["name"] in ("", "aachen", "bonn", "chemnitz")
             assert site["reason"] in ("", *list(Reason))
             return
-        assert set(content) <= {"status", "metrics", "update", "fingerprint"}
+        assert set(content) <= {"status", "metrics", "update", "fingerprint", "ledger"}
         if kind == "query.fingerprint" and content["status"]["status"] == "ok":
             assert set(content["fingerprint"]) == {"json"}
             found = json.loads(content["fingerprint"]["json"])

@@ -20,7 +20,7 @@ LAYERS = (
     ("privacy_section",),
     ("config",),
     ("site_config",),
-    ("arrays",),
+    ("arrays", "peers", "receipts"),
     ("messages",),
     ("data",),
     ("segmentation",),

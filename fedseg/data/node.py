@@ -30,6 +30,7 @@ __all__ = [
     "SiteCases",
     "load_cases",
     "open_site",
+    "own_config",
     "own_name",
 ]
 
@@ -88,9 +89,7 @@ def open_site(
         SiteError: It is neither, its config is wrong, or its folder can't be used.
     """
     try:
-        if node_config.get("data-dir"):
-            return _real(node_config)
-        if node_config.get("site-config") and load_site_config(node_config).data_dir:
+        if _is_real(node_config):
             return _real(node_config)
         if "partition-id" in node_config:
             return _simulated(node_config, study, make_phantoms)
@@ -99,6 +98,29 @@ def open_site(
     except DataError as error:
         raise SiteError(Reason.DATA, str(error)) from None
     raise SiteError(Reason.NO_DATA)
+
+
+def own_config(
+    node_config: Mapping[str, Scalar], study: StudyConfig | None
+) -> tuple[str, SiteConfig]:
+    """Name and config of the site that `open_site` opens, without a look at its cases.
+
+    Args:
+        node_config: Flower's node-config.
+        study: The study config, None where it can't be read: then a simulated site has no folder.
+
+    Raises:
+        ConfigError: The site's config is wrong.
+        DataError: It can't be read, or the simulated site has no folder.
+    """
+    if _is_real(node_config) or "partition-id" not in node_config:
+        config = load_site_config(node_config)
+        return config.name or "", config
+    if study is None or study.data.source == "phantom":
+        return f"site-{node_config['partition-id']}", _researchers(load_site_config(node_config))
+    index, sites = _partition(node_config)
+    folder, _ = _simulated_folder(index, sites, study)
+    return _simulated_config(node_config, folder, index, study)
 
 
 def own_name(node_config: Mapping[str, Scalar]) -> str:
@@ -110,6 +132,12 @@ def own_name(node_config: Mapping[str, Scalar]) -> str:
     if not name and "data-dir" not in node_config and "partition-id" in node_config:
         name = f"site-{node_config['partition-id']}"
     return name if valid_site_name(name) else ""
+
+
+def _is_real(node_config: Mapping[str, Scalar]) -> bool:
+    if node_config.get("data-dir"):
+        return True
+    return bool(node_config.get("site-config") and load_site_config(node_config).data_dir)
 
 
 def _real(node_config: Mapping[str, Scalar]) -> Site:
@@ -132,26 +160,20 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
 
 
 def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phantoms: bool) -> Site:
-    if "num-partitions" not in node_config:
-        raise ConfigError("num-partitions: got nothing; expected it beside partition-id")
-    index, sites = int(node_config["partition-id"]), int(node_config["num-partitions"])
+    index, sites = _partition(node_config)
     if study.data.source == "phantom" and not make_phantoms:
         config = load_site_config(node_config)
         return Site(
             name=f"site-{index}", simulated=True, sites=sites, config=config, cases=(), unpaired=0
         )
     folder, wanted = _simulated_folder(index, sites, study)
-    config = load_site_config(node_config, folder=folder)
-    own_folder = study.data.partition == "folders"
-    if not own_folder:  # a share of the researcher's own data has no policy of its own
-        policy = PolicyConfig(allow_custom_code=True, min_count=1)
-        config = config.model_copy(update={"policy": policy})
+    name, config = _simulated_config(node_config, folder, index, study)
     listing, config = site_cases(folder, config)
     cases = listing.cases
     if wanted is not None:
         cases = _share(cases, wanted, sites, study, config.label_map)
     return Site(
-        name=config.name if own_folder and config.name else _site_name(folder, index, own_folder),
+        name=name,
         simulated=True,
         sites=sites,
         config=config,
@@ -160,9 +182,30 @@ def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phant
     )
 
 
-def _site_name(folder: Path, index: int, own_folder: bool) -> str:
+def _partition(node_config: Mapping[str, Scalar]) -> tuple[int, int]:
+    if "num-partitions" not in node_config:
+        raise ConfigError("num-partitions: got nothing; expected it beside partition-id")
+    return int(node_config["partition-id"]), int(node_config["num-partitions"])
+
+
+def _simulated_config(
+    node_config: Mapping[str, Scalar], folder: Path, index: int, study: StudyConfig
+) -> tuple[str, SiteConfig]:
+    config = load_site_config(node_config, folder=folder)
+    if study.data.partition != "folders":
+        return f"site-{index}", _researchers(config)
+    return config.name or _site_name(folder, index), config
+
+
+def _researchers(config: SiteConfig) -> SiteConfig:
+    """A share of the researcher's own data has no policy of its own."""
+    policy = PolicyConfig(allow_custom_code=True, min_count=1)
+    return config.model_copy(update={"policy": policy})
+
+
+def _site_name(folder: Path, index: int) -> str:
     name = re.sub(r"[^a-z0-9-]+", "-", folder.name.lower()).strip("-")[:32]
-    return name if own_folder and name else f"site-{index}"
+    return name or f"site-{index}"
 
 
 def _simulated_folder(index: int, sites: int, study: StudyConfig) -> tuple[Path, int | None]:

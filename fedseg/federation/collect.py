@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def site_line(answer: Answer, *, seconds: float = 0.0) -> dict[str, Any]:
         "weight": 0.0,
         "seconds": round(seconds, 3),
         "bytes_up": answer.bytes_up,
+        "received": answer.receipt.entry() if answer.receipt else {},
         "training": dict(answer.metrics),
         "metrics": {},
     }
@@ -158,10 +159,10 @@ def _read(arrival: Arrival, inbox: Inbox) -> tuple[Answer, dict[str, torch.Tenso
         return answer, None
     complete = set(answer.metrics) == set(TRAIN_METRICS) and answer.metrics["cases"] > 0
     if answer.update is None or not complete:
-        return Answer(status="failed", reason=Reason.BAD_UPDATE), None
+        return replace(answer, status="failed", reason=Reason.BAD_UPDATE, metrics={}), None
     parts = read_update(answer.update, inbox)
     if isinstance(parts, Reason):
-        return Answer(status="failed", reason=parts, bytes_up=answer.bytes_up), None
+        return replace(answer, status="failed", reason=parts, metrics={}), None
     return answer, parts
 
 

@@ -13,14 +13,17 @@ from torch import nn
 from fedseg.arrays import state_to_arrays
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
+from fedseg.errors import Reason
 from fedseg.federation.checkpoints import Progress
 from fedseg.federation.reduce import Reducer
 from fedseg.federation.run_folder import RunFolder
 from fedseg.federation.sites import KnownSite
 from fedseg.messages import ARRAYS, BUFFERS, CONFIG, Task, study_text
+from fedseg.peers import Peers
+from fedseg.receipts import Receipt
 from fedseg.segmentation.sharing import SplitState, split_state
 
-__all__ = ["Federation", "ServerEvaluation", "Summary", "messages_to"]
+__all__ = ["Federation", "ServerEvaluation", "Summary", "messages_to", "outside_rounds"]
 
 Summary = dict[str, float | int | None]
 
@@ -48,6 +51,7 @@ class Federation:
         evaluate: Scores a network on the server's own cases: `global`, `unseen`.
         progress: How far the run is.
         tell: Is told each line of the history, once it is written.
+        received: What came outside the rounds, for `manifest.json`.
     """
 
     grid: Grid
@@ -61,6 +65,7 @@ class Federation:
     evaluate: ServerEvaluation
     progress: Progress = field(default_factory=Progress)
     tell: Callable[[Mapping[str, Any]], None] = lambda _: None
+    received: list[dict[str, Any]] = field(default_factory=list)
 
     def split(self) -> SplitState:
         """Split the global model's state into shared, local and integer tensors."""
@@ -75,8 +80,15 @@ class Federation:
             round_number=number,
             rounds=self.study.federation.rounds,
             final=final,
+            peers=Peers.of([site.name for site in self.sites]),
             study=study_text(self.study),
         ).to_record()
+
+    def note(
+        self, site: str, receipt: Receipt | None, *, reason: Reason | None, final: bool = False
+    ) -> None:
+        """Note what came from a site outside the rounds."""
+        self.received += outside_rounds(site, receipt, reason=reason, final=final)
 
     def content(self, config: ConfigRecord) -> RecordDict:
         """Pack the global model and a config: the same for every site."""
@@ -86,6 +98,23 @@ class Federation:
         if state.fixed:
             content[BUFFERS] = state_to_arrays(state.fixed)
         return content
+
+
+def outside_rounds(
+    site: str, receipt: Receipt | None, *, reason: Reason | None = None, final: bool = False
+) -> list[dict[str, Any]]:
+    """Entry of `received` in `manifest.json`; none where nothing came."""
+    if receipt is None:
+        return []
+    return [
+        {
+            "site": site,
+            "kind": receipt.kind,
+            **({"final": True} if final else {}),
+            "reason": reason.value if reason else None,
+            **receipt.entry()[receipt.kind],
+        }
+    ]
 
 
 def messages_to(sites: Sequence[KnownSite], content: RecordDict, kind: str) -> dict[str, Message]:

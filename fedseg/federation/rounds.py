@@ -104,11 +104,15 @@ def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -
     line.update(federation.evaluate(federation.network, distances=last))
     parts = []
     for name, answer in _answers(arrivals, declared=tuple(empty_sums())):
+        if answer.receipt is not None:
+            received = line["sites"].setdefault(name, {}).setdefault("received", {})
+            received.update(answer.receipt.entry())
         if answer.status == "ok":
             parts.append((name, answer.metrics))
             line["sites"].setdefault(name, {})["metrics"] = summarise(add([answer.metrics]))
         else:
             reason = answer.reason or Reason.ERROR
+            line["sites"].setdefault(name, {})["no_metrics"] = reason.value
             log.warning("round %d: %s gave no metrics: %s", number, name, REASONS[reason])
     line["federated"] = summarise(add(sums for _, sums in sorted(parts)))
 
@@ -142,6 +146,7 @@ def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:
     found = {}
     arrivals = _ask(federation, federation.progress.round, final=True)
     for name, answer in _answers(arrivals, declared=declared):
+        federation.note(name, answer.receipt, reason=answer.reason, final=True)
         if answer.status != "ok" or PERSONAL + "kept" not in answer.metrics:
             continue
         own = {key: answer.metrics.get(PERSONAL + key, 0.0) for key in sums}

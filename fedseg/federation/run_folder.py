@@ -95,6 +95,10 @@ class RunFolder:
         """Note a Flower run: a resumed study run has more than one."""
         self.update_manifest(flwr_runs=[*self._manifest.get("flwr_runs", []), run_id])
 
+    def add_received(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Note what came from sites outside the rounds, for `fedseg audit`."""
+        self.update_manifest(received=[*self._manifest.get("received", []), *entries])
+
     def update_manifest(self, **entries: Any) -> None:
         """Set entries of `manifest.json`."""
         if not self._manifest:

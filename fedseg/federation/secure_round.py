@@ -6,7 +6,7 @@ any stage; below the threshold the round fails, the model stays as it is, and th
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from fedseg.privacy.fixed_point import LIMBS, decode_numbers, decode_values
 from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.roster import Party, party_of
 from fedseg.privacy.secagg_server import RunningSum
+from fedseg.privacy.words_checksum import checksum
 
 __all__ = ["secure_change", "take_late"]
 
@@ -130,6 +131,8 @@ def _summed(going: _Round, before: Mapping[str, torch.Tensor]) -> torch.Tensor:
     going.entries["secagg"] = {
         "sites": party.size,
         "summed": len(total.sites),
+        "in_sum": [going.names[index] for index in sorted(total.sites)],
+        "checksum": checksum(total.words, terms),
         "threshold": party.threshold,
         "signed": party.signed,
         "clipped": sums["clipped"] / (size * len(total.sites)),
@@ -262,11 +265,13 @@ def _read(
             take(answer, arrival.site)
         except ProtocolError as error:
             log.warning("round %d: %s: %s", going.number, arrival.site, error)
-            answer = Answer(status="failed", reason=Reason.SECURE_AGGREGATION)
+            answer = replace(answer, status="failed", reason=Reason.SECURE_AGGREGATION)
     lines = going.entries["sites"]
-    line = lines.get(arrival.site) or site_line(answer, seconds=arrival.seconds)
+    fresh = site_line(answer, seconds=arrival.seconds)
+    line = lines.get(arrival.site) or fresh
+    line["received"] = {**line["received"], **fresh["received"]}
     if note:
-        line.update(site_line(answer, seconds=arrival.seconds), bytes_up=line["bytes_up"])
+        line.update(fresh, bytes_up=line["bytes_up"], received=line["received"])
     elif answer.status != "ok":
         log.warning("round %d: %s took no part in unmasking", going.number, arrival.site)
     line["bytes_up"] += up
@@ -283,7 +288,10 @@ def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> N
             continue
         del late[name]
         for reply in replies:
-            status = read_answer(reply, declared=()).status
-            record = {"site": name, "round": asked, "status": status, "used": False}
+            answer = read_answer(reply, declared=())
+            record = {
+                **{"site": name, "round": asked, "status": answer.status, "used": False},
+                "received": answer.receipt.entry() if answer.receipt else {},
+            }
             entries["late"].append(record)
             log.info("round %d: update of %s from round %d came late", number, name, asked)

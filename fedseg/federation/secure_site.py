@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Context, Message
 from fedseg.config import StudyConfig
 from fedseg.data.node import Site, open_site
 from fedseg.errors import ProtocolError, Reason, SiteError
+from fedseg.federation.egress import Reply
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.messages import TRAIN_METRICS, Task, answer_message, protocol_data
@@ -27,7 +28,8 @@ from fedseg.privacy.fixed_point import LIMBS, effective_weight, encode_numbers, 
 from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.roster import Terms
 from fedseg.privacy.secagg_state import State
-from fedseg.registry import is_custom, resolve
+from fedseg.privacy.words_checksum import checksum
+from fedseg.registry import resolve
 
 __all__ = ["SECURE_STEPS", "SUMMED", "WORDS", "forget", "masked_answer", "received", "terms_of"]
 
@@ -144,7 +146,8 @@ def _keys(message: Message, context: Context, study: StudyConfig) -> Message:
 
 
 def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
-    _, pinned = _identity(open_site(context.node_config, study, make_phantoms=False))
+    site = open_site(context.node_config, study, make_phantoms=False)
+    _, pinned = _identity(site)
     state, data = secagg.share(
         _loaded(context),
         protocol_data(message),
@@ -152,6 +155,8 @@ def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
         pinned=pinned,
         least=max(LEAST_SITES, study.federation.min_sites),
     )
+    if len(state.adverts) <= site.config.policy.min_peers:  # here they can be counted
+        raise SiteError(Reason.POLICY_MIN_PEERS)
     return _answer(message, context, state, data)
 
 
@@ -178,17 +183,14 @@ SECURE_STEPS: dict[str, Callable[[Message, Context, StudyConfig], Message]] = {
 """Action of the query to the step that answers it; the masked words answer `train`."""
 
 
-def received(message: Message, context: Context, study: StudyConfig, site: Site) -> State | None:
+def received(message: Message, context: Context, study: StudyConfig) -> State | None:
     """Take the neighbours' shares that come with the train message; None without the protocol.
 
     Raises:
         ProtocolError: They are no good: nothing is trained in vain.
-        SiteError: The study's weighting is code from outside, which the site's policy forbids.
     """
     if not study.privacy.secure_aggregation:
         return None
-    if is_custom(study.federation.weighting) and not site.config.policy.allow_custom_code:
-        raise SiteError(Reason.POLICY_CUSTOM_CODE)
     return secagg.receive(_loaded(context), protocol_data(message), _terms(message, study))
 
 
@@ -200,12 +202,13 @@ def masked_answer(
     state: State,
     update: Mapping[str, torch.Tensor],
     metrics: Mapping[str, float],
-) -> Message:
+) -> Reply:
     """Bound, weigh, encode and mask an update and its numbers; nothing leaves but masked words."""
     terms = _terms(message, study)
-    encoding = secagg.party(state, terms).encoding
+    party = secagg.party(state, terms)
+    encoding = party.encoding
     values = flatten(update, layout_of(update)).numpy()
-    _bound_norm(values, study.privacy.secagg_max_norm)
+    norm = _bound_norm(values, study.privacy.secagg_max_norm)
     weigh = resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
     weight = effective_weight(float(weigh(metrics)), encoding)
     words = np.empty(len(values) + LIMBS * len(SUMMED), np.uint32)
@@ -213,16 +216,23 @@ def masked_answer(
     clipped = encode_values(values, weight, encoding, rng=rng, out=words[: len(values)])
     numbers = {**metrics, "weight": weight, "clipped": float(clipped)}
     words[len(values) :] = encode_numbers([numbers[key] for key in SUMMED], encoding)
+    notes = {
+        "norm": norm,
+        "clip": study.privacy.secagg_max_norm,
+        "masked": {"numbers": numbers, "checksum": checksum(words, terms)},
+        "roster": {"sites": party.size, "sha256": party.digest.hex()},
+    }
     after, data = secagg.mask(state, terms, words)
     _save(context, after)
     masked = {WORDS: torch.from_numpy(words)}
-    return answer_message(message, status="ok", update=masked, protocol=data)
+    answer = answer_message(message, status="ok", update=masked, protocol=data)
+    return Reply(message=answer, notes=notes)
 
 
-def _bound_norm(values: np.ndarray, most: float | None) -> None:
-    """Scale an update down, in place, whose L2 norm is larger."""
-    if most is None:
-        return
+def _bound_norm(values: np.ndarray, most: float | None) -> float:
+    """Scale an update down, in place, whose L2 norm is larger; return the norm it has then."""
     norm = math.sqrt(np.einsum("i,i->", values, values, dtype=np.float64))
-    if norm > most:
-        values *= np.float32(most / norm)
+    if most is None or norm <= most:
+        return norm
+    values *= np.float32(most / norm)
+    return most

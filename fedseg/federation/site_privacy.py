@@ -31,6 +31,11 @@ class Protected:
     clip: float | None = None
     noise: float = 0.0
 
+    @property
+    def notes(self) -> dict[str, float]:
+        """What the ledger says of it."""
+        return {} if self.clip is None else {"clip": self.clip, "noise": self.noise}
+
 
 def clips_updates(study: StudyConfig) -> bool:
     """Whether updates are clipped; with record-dp the gradients of cases are."""

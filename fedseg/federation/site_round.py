@@ -16,7 +16,7 @@ from fedseg.config import StudyConfig
 from fedseg.data.node import Site, SiteCases
 from fedseg.data.patches import batches
 from fedseg.data.plan import REGIONS, Plan
-from fedseg.federation.compression import scheme_of
+from fedseg.federation.compression import finite_and_norm, scheme_of
 from fedseg.federation.feedback import encode_with_feedback
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.record_training import private_round, unchanged_buffers
@@ -39,7 +39,7 @@ from fedseg.segmentation.training import (
     steps_in_round,
 )
 
-__all__ = ["kept_folder", "local_layers", "packed", "personal_sums", "train_at_site"]
+__all__ = ["kept_folder", "local_layers", "packed", "personal_sums", "sent_norm", "train_at_site"]
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +193,13 @@ def packed(update: State, study: StudyConfig, site: Site, task: Task) -> dict[st
         before=kept_folder(site, task.study_run, task.round_number - 1),
         after=kept_folder(site, task.study_run, task.round_number),
     )
+
+
+def sent_norm(parts: State, update: State, study: StudyConfig) -> float:
+    """L2 norm of an update as the receiver decodes it."""
+    scheme, layout = scheme_of(study.federation), layout_of(update)
+    values = {"values": flatten(update, layout)} if scheme.name == "none" else parts
+    return finite_and_norm(values, scheme, size=layout.size)[1]
 
 
 def personal_sums(

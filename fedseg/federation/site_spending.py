@@ -96,7 +96,7 @@ def _spending(
     if most is not None and epsilon > most:
         raise SiteError(
             Reason.POLICY_MAX_EPSILON,
-            f"this data would have spent an epsilon of {epsilon:.2f} over all studies; the policy's "
+            f"this data would have spent an epsilon of {epsilon:.2f} over all studies; policy "
             f"max-epsilon is {most:g}",
         )
     return {

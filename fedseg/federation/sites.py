@@ -11,6 +11,7 @@ from fedseg.config import StudyConfig
 from fedseg.errors import REASONS, StudyError
 from fedseg.federation.exchange import poll_pause
 from fedseg.messages import Greeting, query_content, read_greeting
+from fedseg.receipts import Receipt
 from fedseg.site_config import valid_site_name
 
 __all__ = ["KnownSite", "find_sites", "wanted_sites"]
@@ -30,12 +31,14 @@ class KnownSite:
         node_id: Flower's id of its node; not shown to people.
         simulated: Whether it is simulated.
         verified: Whether the name is the registered one.
+        receipt: Of its answer to hello.
     """
 
     name: str
     node_id: int
     simulated: bool
     verified: bool
+    receipt: Receipt | None = None
 
 
 def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
@@ -99,7 +102,11 @@ def _named(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[Kno
             name = f"unnamed-{unnamed}"
         sites.append(
             KnownSite(
-                name=name, node_id=node, simulated=greeting.simulated, verified=name == official
+                name=name,
+                node_id=node,
+                simulated=greeting.simulated,
+                verified=name == official,
+                receipt=greeting.receipt,
             )
         )
     return sorted(sites, key=lambda site: site.name)

@@ -172,7 +172,10 @@ def _late_updates(
             continue
         line, update = found
         used = carry and update is not None
-        record = {"site": name, "round": asked, "status": line["status"], "used": used}
+        record = {
+            **{"site": name, "round": asked, "status": line["status"], "used": used},
+            "received": line["received"],
+        }
         entries["late"].append(record)
         log.info("round %d: update of %s from round %d came late", number, name, asked)
         if update is not None and used:
