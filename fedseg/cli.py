@@ -13,6 +13,7 @@ from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
 from fedseg.commands.predict import predict
+from fedseg.commands.privacy import privacy
 from fedseg.commands.report import report
 from fedseg.commands.sign import hub, sign
 from fedseg.commands.watch import watch
@@ -70,3 +71,4 @@ for command in (
     *(audit, sign, hub),
 ):
     app.command()(command)
+app.add_typer(privacy, name="privacy")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 # Waiting OpenMP threads that spin stall a step for seconds when other work shares the processor.
@@ -22,6 +23,7 @@ from fedseg.federation.compression import scheme_of
 from fedseg.federation.egress import Reply, answered
 from fedseg.federation.flat import layout_of
 from fedseg.federation.secure_site import SECURE_STEPS, masked_answer, masked_sums, received
+from fedseg.federation.site_privacy import protect
 from fedseg.federation.site_round import (
     kept_folder,
     local_layers,
@@ -30,6 +32,7 @@ from fedseg.federation.site_round import (
     sent_norm,
     train_at_site,
 )
+from fedseg.federation.site_spending import charge, check_spending
 from fedseg.messages import ARRAYS, BUFFERS, Greeting, Task, answer_message, greeting_message
 from fedseg.privacy.policy import enough_cases
 from fedseg.report.at_end import report_site
@@ -74,6 +77,7 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     secure = received(message, context, study, "train")
     cases = _cases(site, plan, study)
     enough_cases(site.config.policy, training=len(cases.training), held_out=len(cases.validation))
+    check_spending(site, study, plan)
     device = _device(site)
     kept = kept_folder(site, task.study_run, task.round_number - 1)
     network, shared = _network(message, plan, study, kept, device)
@@ -83,6 +87,8 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     update = {name: after[name].cpu() - before for name, before in shared.items()}
     if not all(bool(torch.isfinite(change).all()) for change in update.values()):
         raise SiteError(Reason.NOT_FINITE)
+    protected = protect(update, study)
+    charge(site, study, plan, task)
     metrics = {
         "cases": len(cases.training),
         "voxels": sum(case.image.size for case in cases.training),
@@ -95,10 +101,12 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
         "seconds": trained.report.seconds,
     }
     if secure is not None:
-        return masked_answer(message, context, study, site, secure, update, metrics)
-    parts = packed(update, study, site, task)
+        reply = masked_answer(message, context, study, site, secure, protected.update, metrics)
+        return replace(reply, notes={**reply.notes, **protected.notes})
+    parts = packed(protected.update, study, site, task)
     answer = answer_message(message, status="ok", metrics=metrics, update=parts)
-    return Reply(message=answer, notes={"norm": sent_norm(parts, update, study)})
+    norm = sent_norm(parts, protected.update, study)
+    return Reply(message=answer, notes={"norm": norm, **protected.notes})
 
 
 def _check_size(site: Site, size: int) -> None:

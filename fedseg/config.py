@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from pydantic import Field, ValidationError
 
 from fedseg.errors import ConfigError
+from fedseg.privacy_section import PrivacyConfig
 from fedseg.registry import did_you_mean
 from fedseg.sections import (
     DataConfig,
     FederationConfig,
     ModelConfig,
     OutputConfig,
-    PrivacyConfig,
     Section,
     TrainConfig,
     kebab,

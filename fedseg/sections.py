@@ -10,7 +10,6 @@ __all__ = [
     "FederationConfig",
     "ModelConfig",
     "OutputConfig",
-    "PrivacyConfig",
     "Section",
     "TrainConfig",
     "kebab",
@@ -282,27 +281,6 @@ class FederationConfig(Section):
     )
     personal: bool = Field(
         True, description="at the end a site keeps its own model where it is better on its cases"
-    )
-
-
-class PrivacyConfig(Section):
-    """Protection of updates."""
-
-    mode: Literal["none"] = Field("none", description="differential privacy")
-    secure_aggregation: bool = Field(
-        False, description="the server sees only the sum of the updates; from 3 sites on"
-    )
-    secagg_threshold: Annotated[float, Field(ge=0.5, lt=1)] = Field(
-        0.6, description="a round's sum needs more than this share of its sites"
-    )
-    secagg_clip: Positive = Field(
-        1.0, description="with secure aggregation a site's change of a weight is clipped to it"
-    )
-    secagg_max_weight: Positive = Field(
-        1000.0, description="largest weight a site may have (cases, or as federation.weighting)"
-    )
-    secagg_max_norm: Positive | None = Field(
-        None, description="a site scales an update of larger L2 norm down to it; empty: no bound"
     )
 
 

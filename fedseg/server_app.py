@@ -33,6 +33,7 @@ from fedseg.federation.federation import (
 from fedseg.federation.fingerprints import collect_fingerprints
 from fedseg.federation.head import tumor_rows
 from fedseg.federation.history import check_monitor
+from fedseg.federation.privacy_check import check_privacy
 from fedseg.federation.reduce import reducer_of
 from fedseg.federation.resume import resume
 from fedseg.federation.rounds import personal_models, run_rounds
@@ -46,6 +47,7 @@ from fedseg.federation.strategies import (
 )
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.logs import show_logs
+from fedseg.privacy.accountant import check_accountant
 from fedseg.registry import is_custom, resolve
 from fedseg.report.at_end import report_run
 from fedseg.report.table import result_table
@@ -148,12 +150,14 @@ def _new(grid: Grid, study: StudyConfig) -> Federation:
     check_backend(study.train)
     source = _source(study)
     sites = _enough_sites(grid, study)
+    check_privacy(study, network, plan, sites=len(sites))
     fingerprints: dict[str, Fingerprint] = {}
     received: list[dict[str, Any]] = []
     if needs_fingerprints(study):
         fingerprints, received = collect_fingerprints(grid, sites, study)
         plan = make_plan(study, list(fingerprints.values()))
         network, strategy = _parts(study, plan)
+        check_privacy(study, network, plan, sites=len(sites))
     if source is not None:
         for note in fit_weights(network, source, allow_partial=study.model.init_partial):
             log.info("model.init-from: %s", note)
@@ -178,6 +182,7 @@ def _resumed(grid: Grid, study: StudyConfig) -> Federation:
     run = resume(study)
     network, strategy = _parts(run.study, run.plan)
     sites = _enough_sites(grid, run.study)
+    check_privacy(run.study, network, run.plan, sites=len(sites))
     network.load_state_dict(run.checkpoint.model)
     restore_strategy(strategy, run.checkpoint.strategy)
     federation = _federation(grid, run.study, run.plan, sites, network, strategy, run.folder)
@@ -257,8 +262,10 @@ def _parts(study: StudyConfig, plan: Plan) -> tuple[nn.Module, Strategy]:
     try:
         resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
         resolve("train.loss", study.train.loss, LOSSES)
-        check_strategy(study)
         check_compatible(study)
+        if study.privacy.mode != "none":
+            check_accountant()
+        check_strategy(study)
         check_monitor(study.federation.monitor)
         check_trackers(study)
         return _initial_network(study, plan), make_strategy(study)

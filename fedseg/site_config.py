@@ -131,7 +131,10 @@ class PolicyConfig(Section):
         description="privacy.mode of studies: none, central-dp, local-dp, record-dp; empty: all",
     )
     max_epsilon: float | None = Field(
-        None, gt=0, description="largest privacy.max-epsilon of studies; empty: no limit"
+        None,
+        gt=0,
+        description="largest privacy.max-epsilon of studies; with local-dp and record-dp the most "
+        "that the site's data spends over all studies; empty: no limit",
     )
     min_noise: float | None = Field(
         None, gt=0, description="smallest privacy.noise-multiplier of studies; empty: no limit"

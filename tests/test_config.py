@@ -107,7 +107,12 @@ def test_empty_text_means_unset(key: str) -> None:
         ("federation.round-deadline", 0, "federation.round-deadline: got 0; expected greater"),
         ("federation.sites", True, "federation.sites: got True; expected a string"),
         ("federation.compression", "zstd", "federation.compression: got 'zstd'; expected 'none'"),
-        ("privacy.mode", "central-dp", "privacy.mode: got 'central-dp'; expected 'none'"),
+        ("privacy.mode", "global-dp", "privacy.mode: got 'global-dp'; expected 'none', 'central-"),
+        ("privacy.mode", "central-dp", 'privacy.clip: got "" with privacy.mode = "central-dp"; ex'),
+        ("privacy.noise-multiplier", 1, "privacy.noise-multiplier: got 1 with .*; expected a mode"),
+        ("privacy.clip", 0, "privacy.clip: got 0; expected greater than 0"),
+        ("privacy.delta", 1.0, "privacy.delta: got 1.0; expected less than 1"),
+        ("privacy.case-rate", 1.5, "privacy.case-rate: got 1.5; expected at most 1"),
         ("privacy.secure-aggregation", 1, "privacy.secure-aggregation: got 1; expected"),
         ("privacy.secagg-threshold", 0.4, "privacy.secagg-threshold: got 0.4; expected at least"),
         ("data.source", "lits", "data.source: got 'lits'; expected 'phantom' or 'folder'"),
@@ -179,6 +184,7 @@ def test_digest_covers_all_but_output() -> None:
         "federation.late",
         "federation.shared",
         "privacy.mode",
+        "privacy.noise-multiplier",
     }
     assert base.digest() == StudyConfig().digest()
     assert re.fullmatch("[0-9a-f]{64}", base.digest())

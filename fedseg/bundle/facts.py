@@ -1,13 +1,15 @@
 """What a model card says of a run: its data, scores, privacy and origin, in numbers and words."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedseg.data.plan import REGIONS
 from fedseg.errors import DataError
-from fedseg.report.run import Round, Run, Scores
+from fedseg.privacy.mechanisms import MEMBERS
+from fedseg.report.costs import spent_words
+from fedseg.report.run import Run, Scores
 from fedseg.report.run_files import read_run, scores, table, text
 from fedseg.segmentation.metrics import METRICS
 
@@ -119,7 +121,7 @@ def _of_run(name: str, run: Run, origin: Mapping[str, str], *, license: str, aut
         authors=authors,
         data=_data(run, phantoms),
         phantoms=phantoms,
-        privacy=_privacy(run.rounds),
+        privacy=_privacy(run),
         scores={
             f"{scope}.{key}": round(value, 4)
             for scope, part in scopes.items()
@@ -162,8 +164,10 @@ def _data(run: Run, phantoms: bool) -> str:
     )
 
 
-def _privacy(rounds: Sequence[Round]) -> str:
-    spent = [line.privacy for line in rounds if line.privacy]
-    if not spent:
+def _privacy(run: Run) -> str:
+    lines = [line for line in run.rounds if line.privacy]
+    if not lines:
         return "No differential privacy was used, so no bound is known of what the weights tell"
-    return ", ".join(f"{key} {value:g}" for key, value in spent[-1].items())
+    mode = text(table(run.config.get("privacy")).get("mode"))
+    protects = f"{mode}, which protects {MEMBERS[mode]}: " if mode in MEMBERS else ""
+    return f"{protects}{spent_words(lines[-1].privacy or {})}, up to round {lines[-1].number}"

@@ -24,7 +24,7 @@ from fedseg.data.whole_file import replace_file
 from fedseg.errors import CaseError, Reason, SiteError
 from fedseg.site_config import SiteConfig
 
-__all__ = ["measure", "site_fingerprint"]
+__all__ = ["measure", "scan_contents", "site_fingerprint"]
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,17 @@ def site_fingerprint(site: Site) -> Fingerprint:
     if fingerprint.held_back:
         log.info("held back by policy.min-count: %s", ", ".join(fingerprint.held_back))
     return fingerprint
+
+
+def scan_contents(site: Site) -> list[str]:
+    """Content digest of each usable scan, hexadecimal: the same wherever its files lie."""
+    found = []
+    for case in site.cases:
+        try:
+            found.append(_kept_measure(case, site)[2])
+        except CaseError:
+            continue  # it isn't trained on either
+    return found
 
 
 def _kept_measure(case: Case, site: Site) -> tuple[Modality, CaseMeasure, str]:

@@ -33,6 +33,8 @@ class Progress:
         since_best: Evaluations since then.
         quarantine: The guard's state, see `guard.Quarantine`.
         late: Sites that haven't answered: name to the round they were asked in and the message id.
+        sites: Number of sites the run began with.
+        releases: Rounds that differential privacy has accounted for.
         history: Lines of `history.jsonl`.
     """
 
@@ -41,6 +43,8 @@ class Progress:
     since_best: int = 0
     quarantine: dict[str, Any] = field(default_factory=dict)
     late: dict[str, tuple[int, str]] = field(default_factory=dict)
+    sites: int = 0
+    releases: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

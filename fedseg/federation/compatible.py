@@ -1,10 +1,11 @@
 """What can't go together: one table of the reasons, looked up before a site is asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fedseg.config import StudyConfig
 from fedseg.errors import ConfigError
 from fedseg.federation.reduce import REDUCERS
+from fedseg.federation.site_privacy import clips_updates
 
 __all__ = ["check_compatible", "compatible"]
 
@@ -54,16 +55,84 @@ SECURE: tuple[Rule, ...] = (
 )
 """With `privacy.secure-aggregation`."""
 
+_SUM = "noise is for a sum of clipped updates"
+
+CENTRAL: tuple[Rule, ...] = (
+    (
+        "federation.strategy",
+        lambda study: study.federation.strategy in {*REDUCERS} - {"mean"},
+        f"{_SUM}, and this strategy looks at each; take fedavg, fedprox, fedavgm, fedadam, fedyogi "
+        "or fedadagrad",
+    ),
+    (
+        "federation.weighting",
+        lambda study: study.federation.weighting != "equal",
+        f"{_SUM}, a site of more weight would change more than its clip; set it to equal",
+    ),
+    (
+        "federation.guard",
+        lambda study: study.federation.guard,
+        "it leaves updates out by what the others are, so that one site could change more than "
+        "its own; set it to false: privacy.clip bounds what a site can do",
+    ),
+    (
+        "federation.late",
+        lambda study: study.federation.late != "drop",
+        "a site could count twice in a round; set it to drop",
+    ),
+    (
+        "train.minutes",
+        lambda study: study.train.minutes is not None,
+        f"{_SUM}, and sites would count by their mean step (FedNova); leave it empty",
+    ),
+)
+"""With `privacy.mode = central-dp`."""
+
+CLIPPED: tuple[Rule, ...] = (
+    (
+        "federation.compression",
+        lambda study: study.federation.compression != "none",
+        "what it loses is added to the next update, past the clip; set it to none",
+    ),
+)
+"""Where updates are clipped. (With record-dp the update is noised already: all may follow.)"""
+
+RECORD: tuple[Rule, ...] = (
+    (
+        "train.backend",
+        lambda study: study.train.backend != "torch",
+        "the gradient of each case is clipped in FedSeg's own loop; set it to torch",
+    ),
+    (
+        "train.minutes",
+        lambda study: study.train.minutes is not None,
+        "epsilon depends on the number of steps; leave it empty",
+    ),
+)
+"""With `privacy.mode = record-dp`."""
+
+
+def _tables(study: StudyConfig) -> Iterator[tuple[str, tuple[Rule, ...]]]:
+    """Tables that hold for a study, and the setting they go with."""
+    if study.privacy.secure_aggregation:
+        yield "privacy.secure-aggregation", SECURE
+    if clips_updates(study):
+        yield "privacy.clip", CLIPPED
+    for mode, rules in (("central-dp", CENTRAL), ("record-dp", RECORD)):
+        if study.privacy.mode == mode:
+            yield f"privacy.mode = {mode}", rules
+
 
 def compatible(study: StudyConfig) -> list[str]:
     """List what of a study can't go together, one line each; empty where all can."""
     found = []
-    for key, clashes, why in SECURE if study.privacy.secure_aggregation else ():
-        if clashes(study):
-            section, _, name = key.partition(".")
-            value = getattr(getattr(study, section), name.replace("-", "_"))
-            shown = str(value).lower() if isinstance(value, bool) else repr(value)
-            found.append(f"{key}: got {shown} with privacy.secure-aggregation; {why}")
+    for beside, rules in _tables(study):
+        for key, clashes, why in rules:
+            if clashes(study):
+                section, _, name = key.partition(".")
+                value = getattr(getattr(study, section), name.replace("-", "_"))
+                shown = str(value).lower() if isinstance(value, bool) else repr(value)
+                found.append(f"{key}: got {shown} with {beside}; {why}")
     return found
 
 

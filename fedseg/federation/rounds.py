@@ -12,6 +12,7 @@ from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.history import headline, new_line, score
 from fedseg.federation.secure_round import secure_personal, secure_scores
+from fedseg.federation.spending import can_pay
 from fedseg.federation.strategies import strategy_state
 from fedseg.federation.train_round import train_round
 from fedseg.messages import PERSONAL, Answer
@@ -32,14 +33,19 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
     """
     settings, progress = federation.study.federation, federation.progress
     if not progress.history:
+        progress.sites = len(federation.sites)
         _keep(federation, new_line(0, federation.evaluate(federation.network)))
     for number in range(progress.round + 1, settings.rounds + 1):
         if settings.patience and progress.since_best >= settings.patience:
             log.info("no better model in %d evaluations: training ends", progress.since_best)
             break
+        if not can_pay(federation):
+            _end_for_privacy(federation)
+            break
         began = time.monotonic()
         line = train_round(federation, number)
-        if number == settings.rounds or number % settings.evaluate_every == 0:
+        last = number == settings.rounds or not can_pay(federation)
+        if last or number % settings.evaluate_every == 0:
             _evaluate_round(federation, number, line)
         progress.round = number
         _keep(federation, new_line(number, line, seconds=time.monotonic() - began))
@@ -60,6 +66,14 @@ def _check_any(history: Sequence[Mapping[str, Any]]) -> None:
         raise StudyError(
             f"every round failed ({len(failed)}), the model is as it began; the last: {failed[-1]}"
         )
+
+
+def _end_for_privacy(federation: Federation) -> None:
+    """Say that the budget is spent; the last model is the result, as after any last round."""
+    budget, done = federation.study.privacy.max_epsilon, federation.progress.round
+    text = f"after round {done}: one more would pass privacy.max-epsilon = {budget:g}"
+    log.warning("training ends %s", text)
+    federation.folder.update_manifest(ended=text)
 
 
 def _keep(federation: Federation, line: dict[str, Any]) -> None:

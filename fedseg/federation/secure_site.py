@@ -70,7 +70,7 @@ def terms_of(study: StudyConfig, run: str, number: int, purpose: Purpose) -> Ter
         purpose=purpose,
         share=privacy.secagg_threshold,
         clip=privacy.secagg_clip,
-        max_weight=privacy.secagg_max_weight,
+        max_weight=1.0 if study.federation.weighting == "equal" else privacy.secagg_max_weight,
     )
 
 

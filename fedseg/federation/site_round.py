@@ -3,9 +3,10 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fedseg.data.plan import REGIONS, Plan
 from fedseg.federation.compression import finite_and_norm, scheme_of
 from fedseg.federation.feedback import encode_with_feedback
 from fedseg.federation.flat import flatten, layout_of
+from fedseg.federation.record_training import private_round, unchanged_buffers
 from fedseg.messages import PERSONAL, Task
 from fedseg.registry import resolve
 from fedseg.segmentation.kept import load_kept, save_kept
@@ -29,6 +31,7 @@ from fedseg.segmentation.models import build_model
 from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
 from fedseg.segmentation.sharing import split_state
 from fedseg.segmentation.training import (
+    Batch,
     FitReport,
     OnStep,
     log_progress,
@@ -94,6 +97,52 @@ def train_at_site(
     optimizer = make_optimizer(network, study.train)
     if study.train.optimizer_state == "keep":
         load_optimizer(optimizer, before)
+    private = None
+    drawn: Iterator[Any]
+    if study.privacy.mode == "record-dp":
+        private = private_round(network, cases.training, plan, study, device)
+        steps, drawn, how = private.steps, private.batches, {"gradient": private.gradient}
+    else:
+        steps, drawn, how = *_steps(cases, plan, task, site, study, device), {}
+    first: list[torch.Tensor] = []
+    with unchanged_buffers(network) if private else nullcontext():
+        report = BACKENDS[study.train.backend](
+            network,
+            drawn,
+            resolve("train.loss", study.train.loss, LOSSES),
+            study.train,
+            steps=steps,
+            round_number=task.round_number,
+            rounds=task.rounds,
+            annotated=site.config.labels,
+            proximal_mu=task.proximal_mu,
+            device=device,
+            optimizer=optimizer,
+            on_step=_noting(first, log_progress(site.name or "this site", task.round_number)),
+            **how,
+        )
+    if private:
+        report = replace(report, patches=private.patches)
+    if study.train.optimizer_state == "keep":
+        save_optimizer(optimizer, after)
+    state = network.state_dict()
+    if study.federation.personal:
+        save_kept(after, "trained", {k: v for k, v in state.items() if v.is_floating_point()})
+    local = split_state(network, study.federation.shared).local
+    if local:
+        save_kept(after, "local", local)
+    return Trained(report=report, first_loss=float(first[0]) if first else 0.0)
+
+
+def _steps(
+    cases: SiteCases,
+    plan: Plan,
+    task: Task,
+    site: Site,
+    study: StudyConfig,
+    device: torch.device,
+) -> tuple[int, Iterator[Batch]]:
+    """Steps of the round and their batches."""
     steps = steps_in_round(study.train, len(cases.training), plan.batch_size)
     minutes = study.train.minutes
     # Randomness comes from (seed, site, round), never from process state.
@@ -109,30 +158,7 @@ def train_at_site(
         device=device,
         rng=np.random.default_rng(seed),
     )
-    first: list[torch.Tensor] = []
-    report = BACKENDS[study.train.backend](
-        network,
-        _until(drawn, minutes) if minutes else drawn,
-        resolve("train.loss", study.train.loss, LOSSES),
-        study.train,
-        steps=steps,
-        round_number=task.round_number,
-        rounds=task.rounds,
-        annotated=site.config.labels,
-        proximal_mu=task.proximal_mu,
-        device=device,
-        optimizer=optimizer,
-        on_step=_noting(first, log_progress(site.name or "this site", task.round_number)),
-    )
-    if study.train.optimizer_state == "keep":
-        save_optimizer(optimizer, after)
-    state = network.state_dict()
-    if study.federation.personal:
-        save_kept(after, "trained", {k: v for k, v in state.items() if v.is_floating_point()})
-    local = split_state(network, study.federation.shared).local
-    if local:
-        save_kept(after, "local", local)
-    return Trained(report=report, first_loss=float(first[0]) if first else 0.0)
+    return steps, _until(drawn, minutes) if minutes else drawn
 
 
 def _until(items: Iterable[Item], minutes: float) -> Iterator[Item]:

@@ -14,7 +14,7 @@ from fedseg.messages import Greeting, query_content, read_greeting
 from fedseg.receipts import Receipt
 from fedseg.site_config import valid_site_name
 
-__all__ = ["KnownSite", "find_sites"]
+__all__ = ["KnownSite", "find_sites", "wanted_sites"]
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,12 @@ def _named(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[Kno
 def _wanted_names(study: StudyConfig) -> list[str]:
     text = study.federation.sites
     return [] if text.isdigit() else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def wanted_sites(study: StudyConfig) -> int:
+    """How many sites `federation.sites` names or expects; 0 where it is empty."""
+    names = _wanted_names(study)
+    return len(names) if names else int(study.federation.sites or 0)
 
 
 def _complete(sites: list[KnownSite], greeted: dict[int, Greeting], study: StudyConfig) -> bool:

@@ -35,16 +35,19 @@ class SpooledUpdate:
         size: Number of values of the flat update.
         scheme: How it is compressed.
         parts: The encoded arrays: on disk, or tensors.
+        scale: Factor of every value: below 1 where the server clips the update.
     """
 
     site: str
     size: int
     scheme: Scheme
     parts: Parts
+    scale: float = 1.0
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
         """Decode values `[start, stop)` as float32; not to be written to."""
-        return decode(self.parts, self.scheme, start, stop)
+        values = decode(self.parts, self.scheme, start, stop)
+        return values if self.scale == 1 else values * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)

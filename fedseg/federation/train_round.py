@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 
 from fedseg.arrays import array_bytes
 from fedseg.errors import Reason, StudyError
+from fedseg.federation.central_dp import clipped, noised_mean
 from fedseg.federation.collect import (
     FORGET_AFTER,
     Inbox,
@@ -23,6 +23,7 @@ from fedseg.federation.collect import (
     spooled_before,
 )
 from fedseg.federation.compression import scheme_of
+from fedseg.federation.drawing import drawn_sites, planned_sites
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.flat import Layout, layout_of, unflatten
 from fedseg.federation.gram import gram
@@ -30,7 +31,8 @@ from fedseg.federation.guard import Quarantine, decide, probe
 from fedseg.federation.history import new_line, score, why
 from fedseg.federation.reduce import averages_steps
 from fedseg.federation.secure_round import secure_change, take_late
-from fedseg.federation.sites import KnownSite
+from fedseg.federation.site_privacy import clips_updates
+from fedseg.federation.spending import spend, spent
 from fedseg.federation.spool import SpooledUpdate, check_room, open_update
 from fedseg.federation.strategies import least_sites, next_state, train_config
 from fedseg.federation.weighting import WEIGHTINGS
@@ -40,9 +42,6 @@ from fedseg.registry import resolve
 __all__ = ["train_round"]
 
 log = logging.getLogger(__name__)
-
-_DRAW = 17
-"""Keeps the draw of sites apart from other uses of the seed."""
 
 _BAD = (Reason.BAD_UPDATE.value, Reason.NOT_FINITE.value)
 
@@ -60,12 +59,19 @@ def train_round(federation: Federation, number: int) -> dict[str, Any]:
     change: torch.Tensor | None
     if federation.study.privacy.secure_aggregation:
         take_late(federation, number, entries)
-        sites = _drawn(federation, number)
+        _spend_at_sites(federation)
+        sites = drawn_sites(federation, number)
         change = secure_change(federation, number, before, sites, entries)
+        came = int(entries.get("secagg", {}).get("summed", 0))
         _warn(entries["sites"], number)
     else:
-        change = _averaged(federation, number, before, layout, entries)
+        change, came = _averaged(federation, number, before, layout, entries)
     entries["bytes_up"] = sum(site["bytes_up"] for site in entries["sites"].values())
+    if change is not None and federation.study.privacy.mode == "central-dp":
+        spend(federation)
+        planned = planned_sites(federation)
+        change = noised_mean(change, federation.study, came=came, planned=planned)
+    entries["privacy"] = spent(federation)
     if change is None:
         return entries
     # Flower wants a message to reply to; its content doesn't matter.
@@ -81,8 +87,12 @@ def _averaged(
     before: Mapping[str, torch.Tensor],
     layout: Layout,
     entries: dict[str, Any],
-) -> torch.Tensor:
-    """Collect, guard, weigh and reduce the round's updates to one change, float32 `[N]`."""
+) -> tuple[torch.Tensor, int]:
+    """Collect, guard, weigh and reduce the round's updates to one change, float32 `[N]`.
+
+    Returns:
+        The change, and the number of updates in it.
+    """
     inbox = Inbox(
         layout=layout,
         scheme=scheme_of(federation.study.federation),
@@ -92,26 +102,22 @@ def _averaged(
     opened = {
         name: open_update(update.path, size=layout.size) for name, update in sorted(updates.items())
     }
+    if clips_updates(federation.study) and federation.study.privacy.mode != "local-dp":
+        assert federation.study.privacy.clip is not None
+        opened = clipped(opened, federation.study.privacy.clip)
     _guard(federation, before, opened, updates, entries)
     _warn(entries["sites"], number)
     _check_enough(federation, number, opened, entries)
     weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
     metrics = [updates[name].metrics for name in opened]
-    return federation.reduce(list(opened.values()), list(weights.values()), metrics)
+    change = federation.reduce(list(opened.values()), list(weights.values()), metrics)
+    return change, len(opened)
 
 
-def _drawn(federation: Federation, number: int) -> list[KnownSite]:
-    """Sites of a round: all that aren't busy with an earlier one, or a fraction drawn by seed."""
-    study, late = federation.study, federation.progress.late
-    free = [site for site in federation.sites if site.name not in late]
-    if study.federation.fraction == 1:
-        return free
-    count = max(
-        study.federation.min_sites, math.ceil(study.federation.fraction * len(federation.sites))
-    )
-    rng = np.random.default_rng([study.train.seed, number, _DRAW])
-    drawn = rng.permutation(len(free))[:count]
-    return [free[i] for i in sorted(drawn)]
+def _spend_at_sites(federation: Federation) -> None:
+    """Count what the sites are about to send, where they add the noise themselves."""
+    if federation.study.privacy.mode != "central-dp":
+        spend(federation)
 
 
 def _collected(
@@ -125,13 +131,15 @@ def _collected(
     study, progress = federation.study.federation, federation.progress
     updates = _late_updates(federation, number, inbox, entries)
     known = spooled_before(inbox.folder, size=inbox.layout.size)
-    sites = _drawn(federation, number)
+    sites = drawn_sites(federation, number)
     nodes = [site.node_id for site in sites]
     config = train_config(federation.strategy, number, before, federation.task(number), nodes)
     content = federation.content(config)
     asked = [site for site in sites if site.name not in known.updates]
     room = inbox.scheme.bytes(inbox.layout.size) * len(asked)
     check_room(inbox.folder, needed=room)
+    if asked:
+        _spend_at_sites(federation)
     found = collect(
         federation.grid,
         messages_to(asked, content, "train"),

@@ -150,6 +150,9 @@ def _privacy_mode(policy: PolicyConfig, request: Request) -> bool:
 
 
 def _epsilon(policy: PolicyConfig, request: Request) -> bool:
+    """With noise of its own the site counts for itself: `federation.site_spending`."""
+    if request.study.privacy.mode in ("local-dp", "record-dp"):
+        return True
     return policy.max_epsilon is None or _promised_epsilon(request.study) <= policy.max_epsilon
 
 

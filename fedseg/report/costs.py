@@ -1,12 +1,13 @@
 """What the rounds cost: seconds, bytes each way, and privacy."""
 
+from fedseg.privacy.mechanisms import MEMBERS
 from fedseg.report.amounts import seconds, size
 from fedseg.report.figures import Series, bar_chart
 from fedseg.report.quality import Figure
-from fedseg.report.run import Run
+from fedseg.report.run import Run, Scores
 from fedseg.report.run_files import table, text
 
-__all__ = ["costs", "privacy", "totals"]
+__all__ = ["costs", "privacy", "spent_words", "totals"]
 
 
 def totals(run: Run) -> list[tuple[str, str]]:
@@ -74,6 +75,11 @@ def costs(run: Run) -> list[Figure]:
     ]
 
 
+def spent_words(spent: Scores) -> str:
+    """What was spent, and the mechanism's numbers, in one line."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in spent.items())
+
+
 def privacy(run: Run) -> list[str]:
     """Say what was spent, and what protects the updates."""
     section = table(run.config.get("privacy"))
@@ -81,10 +87,11 @@ def privacy(run: Run) -> list[str]:
     spent = next((part for part in reversed(run.rounds) if part.privacy), None)
     lines = []
     if spent is not None and spent.privacy:
-        numbers = ", ".join(f"{key} {value:.3g}" for key, value in spent.privacy.items())
+        protects = f", which protects {MEMBERS[mode]}" if mode in MEMBERS else ""
         lines.append(
-            f"Spent up to round {spent.number} (privacy.mode is {mode}): {numbers}. Epsilon bounds "
-            "how much what is published can depend on what is protected; the smaller, the better."
+            f"Spent up to round {spent.number} (privacy.mode is {mode}{protects}): "
+            f"{spent_words(spent.privacy)}. Epsilon bounds how much the models can depend on what "
+            "is protected; the smaller, the better. Metrics and fingerprints aren't covered."
         )
     elif mode == "none":
         lines.append(
@@ -93,6 +100,8 @@ def privacy(run: Run) -> list[str]:
         )
     else:
         lines.append(f"No spending is written down yet (privacy.mode is {mode}).")
+    if ended := text(run.manifest.get("ended")):
+        lines.append(f"Training ended {ended}.")
     lines.append(
         "Secure aggregation: the server saw only the sum of the updates."
         if summed

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from fedseg.segmentation.norms import memory_format, place
 
 __all__ = [
     "FitReport",
+    "Gradient",
+    "LossOf",
     "OnStep",
     "choose_device",
     "choose_dtype",
@@ -34,6 +37,9 @@ log = logging.getLogger(__name__)
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], torch.Tensor]
 OnStep = Callable[[int, int, torch.Tensor], None]
+LossOf = Callable[[Batch], torch.Tensor]
+Gradient = Callable[[Any, LossOf], tuple[torch.Tensor, int]]
+"""`(batch, loss of a batch) -> (loss, patches)`; leaves in `.grad` what the optimiser follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +154,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 def fit(
     network: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     loss_function: Loss,
     config: TrainConfig,
     *,
@@ -160,6 +166,7 @@ def fit(
     device: torch.device | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     on_step: OnStep | None = None,
+    gradient: Gradient | None = None,
 ) -> FitReport:
     """Train in place for one round.
 
@@ -178,38 +185,47 @@ def fit(
         optimizer: A restored optimiser; a new one by default.
         on_step: Called after each step with `(step, steps, loss)`; the loss is a scalar tensor on
             the device, and `float(loss)` waits for it.
+        gradient: Makes the gradient of a step in a way of its own (see `privacy.record_dp`), of
+            batches in a form of its own; `max_grad_norm` doesn't apply then, and fp16 is fp32.
 
     Raises:
         ModelError: Never; a loss that isn't finite is for the caller to judge by the report.
     """
     device = device or torch.device("cpu")
     dtype = choose_dtype(config.precision, device)
-    layout = memory_format(device)
+    if gradient and dtype == torch.float16:  # a loss scaler would judge a step by its data
+        dtype = torch.float32
     place(network, device).train()
     optimizer = optimizer or make_optimizer(network, config)
     # Does nothing but for fp16, whose range small gradients fall out of.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for p in network.parameters() if p.requires_grad]
     start_point = [p.detach().clone() for p in parameters] if proximal_mu else []
-    began, patches, step = time.monotonic(), 0, 0
-    # It stays on the device: reading it each step would make a GPU wait for Python.
-    total = torch.zeros((), device=device)
-    for step, (image, labels) in enumerate(batches, 1):
-        progress = (round_number - 1 + (step - 1) / steps) / rounds
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, progress)
-        image, labels = image.to(device), labels.to(device)
-        if image.dtype == torch.float32:
-            image = image.contiguous(memory_format=layout)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = network(image)
-        loss = loss_function(logits, labels, annotated)
+
+    loss_of = _loss_of(network, loss_function, annotated, device, dtype)
+
+    def descend(batch: Any) -> tuple[torch.Tensor, int]:
+        if gradient:
+            loss, seen = gradient(batch, loss_of)
+            _pull_back(parameters, start_point, proximal_mu)
+            optimizer.step()
+            return loss, seen
+        loss = loss_of(batch)
         if proximal_mu:
             apart = sum(((p - q) ** 2).sum() for p, q in zip(parameters, start_point, strict=True))
             loss = loss + 0.5 * proximal_mu * apart
         _descend(loss, optimizer, scaler, parameters, config.max_grad_norm)
-        loss = loss.detach()
-        total, patches = total + loss, patches + image.shape[0]
+        return loss.detach(), batch[0].shape[0]
+
+    began, patches, step = time.monotonic(), 0, 0
+    # It stays on the device: reading it each step would make a GPU wait for Python.
+    total = torch.zeros((), device=device)
+    for step, batch in enumerate(batches, 1):
+        progress = (round_number - 1 + (step - 1) / steps) / rounds
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, progress)
+        loss, seen = descend(batch)
+        total, patches = total + loss, patches + seen
         if on_step:
             on_step(step, steps, loss)
     return FitReport(
@@ -218,6 +234,36 @@ def fit(
         loss=float(total) / max(step, 1),
         seconds=time.monotonic() - began,
     )
+
+
+def _loss_of(
+    network: nn.Module,
+    loss_function: Loss,
+    annotated: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> LossOf:
+    """Make the function from a batch to its loss."""
+    layout = memory_format(device)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        image, labels = batch[0].to(device), batch[1].to(device)
+        if image.dtype == torch.float32:
+            image = image.contiguous(memory_format=layout)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = network(image)
+        return loss_function(logits, labels, annotated)
+
+    return loss_of
+
+
+def _pull_back(
+    parameters: Sequence[nn.Parameter], start_point: Sequence[torch.Tensor], mu: float
+) -> None:
+    """Add the gradient of FedProx's term to gradients that are there."""
+    for p, q in zip(parameters, start_point, strict=bool(start_point)):
+        assert p.grad is not None
+        p.grad.add_(p.detach() - q, alpha=mu)
 
 
 def _descend(

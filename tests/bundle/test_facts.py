@@ -49,8 +49,11 @@ def test_scores_of_another_round_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_privacy_that_was_spent_is_said(tmp_path: Path) -> None:
-    spent = of(write_run(tmp_path / "r", privacy={"epsilon": 3.5, "delta": 1e-5})).privacy
-    assert spent == "epsilon 3.5, delta 1e-05"
+    folder = write_run(tmp_path / "r", privacy={"epsilon": 3.5, "delta": 1e-5})
+    assert of(folder).privacy == "epsilon 3.5, delta 1e-05, up to round 2"
+    config = {"data": {"source": "phantom"}, "privacy": {"mode": "record-dp"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert of(folder).privacy.startswith("record-dp, which protects a case: epsilon 3.5, ")
     assert of(write_run(tmp_path / "s")).privacy.startswith("No differential privacy")
 
 

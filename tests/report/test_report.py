@@ -186,9 +186,12 @@ def test_privacy_spent(folder: Path) -> None:
     history[4]["privacy"] = {"epsilon": 3.217, "delta": 1e-5}
     write_history(folder, history)
     edit(folder, "config.json", privacy={"mode": "central-dp", "secure-aggregation": True})
+    edit(folder, "manifest.json", ended="after round 4: one more would pass privacy.max-epsilon")
     text = page_of(folder).text
-    assert "Spent up to round 4 (privacy.mode is central-dp): epsilon 3.22, delta 1e-05." in text
+    start = "Spent up to round 4 (privacy.mode is central-dp, which protects a site): epsilon 3.22"
+    assert f"{start}, delta 1e-05." in text
     assert "the server saw only the sum" in text
+    assert "Training ended after round 4: one more would pass privacy.max-epsilon." in text
 
 
 def test_pictures_are_in_the_file(folder: Path) -> None:
