@@ -43,6 +43,7 @@ from fedseg.messages import (
 from fedseg.registry import is_custom
 from fedseg.report.at_end import report_site
 from fedseg.segmentation.evaluation import score_cases
+from fedseg.segmentation.inference import out_of_memory
 from fedseg.segmentation.metrics import add
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.norms import place
@@ -80,12 +81,13 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
         except ModuleNotFoundError as error:
             reason = Reason.MODEL_MISSING
             log.error("package %s isn't installed", error.name)
-        except (torch.OutOfMemoryError, MemoryError):
-            reason = Reason.OUT_OF_MEMORY
-            log.error("out of memory")
-        except Exception:
-            reason = Reason.ERROR
-            log.exception("a task failed")
+        except Exception as error:
+            if out_of_memory(error):
+                reason = Reason.OUT_OF_MEMORY
+                log.error("out of memory: %s", error)
+            else:
+                reason = Reason.ERROR
+                log.exception("a task failed")
         status = "refused" if reason.refused else "failed"
         if message.metadata.message_type == "query.hello":
             return greeting_message(message, _apology(context, reason))
