@@ -55,13 +55,15 @@ def run(options: str, scratch: Path, *, sites: int = 3) -> tuple[float, list[dic
 
 
 def stop_superlink(port: str) -> None:
-    """Stop the local SuperLink that `flwr run` left running on our own port."""
+    """Stop the local SuperLink that `flwr run` left on our own port, and a simulation it runs."""
+    ours = {port, f"127.0.0.1:{port}"}
+    programs = {"flower-superlink", "flwr-simulation"}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_text().split("\0")
+            words = (entry / "cmdline").read_text().split("\0")[:-1]
         except OSError:
             continue
-        if "--port" in words and port in words and any("superlink" in word for word in words):
+        if ours & set(words) and programs & {Path(word).name for word in words}:
             os.kill(int(entry.name), signal.SIGTERM)
 
 

@@ -1,8 +1,12 @@
 """The command line: each command is a thin print over a public function."""
 
+import os
 import sys
 from io import TextIOWrapper
 from typing import Annotated
+
+# As in the apps, before torch comes in: on a busy processor predict is 3 to 4 times faster by it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 

@@ -149,7 +149,7 @@ REASONS: dict[Reason, str] = {
     Reason.SITE_CONFIG: "its site.toml or --node-config is wrong; its own log says where",
     Reason.CONFIG_MISMATCH: "its study config differs from the server's; use the same app bundle",
     Reason.PLAN: "it can't follow the plan; its own log says why",
-    Reason.MODEL_MISSING: "the package of model.name or train.loss isn't installed there",
+    Reason.MODEL_MISSING: "the package of model.name, train.loss or train.backend isn't there",
     Reason.MODEL: "it can't build the network; its own log says why",
     Reason.OUT_OF_MEMORY: "it ran out of memory; take a smaller train.patch-size or batch-size",
     Reason.NOT_FINITE: "its update has NaN or Inf; take a smaller train.learning-rate",

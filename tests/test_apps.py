@@ -277,11 +277,22 @@ def test_a_late_site_is_named(run_study: Run, three_sites: dict[int, Any]) -> No
     assert (site["status"], site["reason"]) == ("late", "deadline")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("secret /data/patient-0042.nii.gz", "error"),
+        ("alloc_cpu.cpp: can't allocate memory for patient-0042", "out-of-memory"),
+    ],
+)
 def test_an_exception_at_a_site_leaves_no_trace_of_it(
-    run_study: Run, three_sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+    run_study: Run,
+    three_sites: dict[int, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    reason: str,
 ) -> None:
     def fit(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("secret /data/patient-0042.nii.gz")
+        raise RuntimeError(text)
 
     @contextlib.contextmanager
     def failing(message: Message) -> Iterator[None]:
@@ -290,10 +301,9 @@ def test_an_exception_at_a_site_leaves_no_trace_of_it(
             yield
 
     folder, grid = run_study(three_sites, around={22: failing})
-    text = (folder.path / "history.jsonl").read_text()
-    assert "patient-0042" not in text
+    assert "patient-0042" not in (folder.path / "history.jsonl").read_text()
     assert not any("patient-0042" in repr(m.content.config_records) for m in grid.received)
-    assert history(folder)[1]["sites"]["bonn"]["reason"] == "error"
+    assert history(folder)[1]["sites"]["bonn"]["reason"] == reason
 
 
 def test_too_few_good_updates_end_the_run(

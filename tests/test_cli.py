@@ -318,16 +318,17 @@ def test_evaluate_as_table_and_as_json(run: Run, site: Path, model: Path) -> Non
     assert f"{result['all']['liver.dice']:.3f}" in table
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-largest-liver"], ["--tumor-in-liver"]])
 def test_evaluate_agrees_with_predicted_masks(
-    run: Run, tmp_path: Path, site: Path, model: Path
+    run: Run, tmp_path: Path, site: Path, model: Path, flags: list[str]
 ) -> None:
-    result = json.loads(run("evaluate", "--model", model, site, "--json")[1])
-    # evaluate scores a model's masks as they are.
-    as_it_is = ("-o", tmp_path / "out", "--no-largest-liver")
-    run("predict", "--model", model, site / "images", *as_it_is)
+    result = json.loads(run("evaluate", "--model", model, site, "--json", *flags)[1])
+    largest, inside = "--no-largest-liver" not in flags, "--tumor-in-liver" in flags
+    assert result["cleaning"] == {"largest_liver": largest, "tumor_in_liver": inside}
+    run("predict", "--model", model, site / "images", "-o", tmp_path / "out", *flags)
     code, text, _ = run("evaluate", "--predictions", tmp_path / "out", site, "--json")
     assert code == 0
-    assert json.loads(text) == result
+    assert json.loads(text) == {**result, "cleaning": None}
     for name, scores in result["cases"].items():
         found, truth = (
             np.asanyarray(nib.load(folder / f"{name}.nii.gz").dataobj) >= 1
@@ -345,7 +346,7 @@ def test_evaluate_writes_a_table_of_cases_and_one_of_lesions(
     )
     assert (code, err) == (0, "")
     for words in (
-        "HD95, mm",
+        "HD95 (95% Hausdorff), mm",
         "volume error, mL",
         "95% interval",
         "small: under 10 mm",

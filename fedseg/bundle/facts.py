@@ -9,17 +9,13 @@ from fedseg.data.plan import REGIONS
 from fedseg.errors import DataError
 from fedseg.privacy.mechanisms import MEMBERS
 from fedseg.report.costs import spent_words
+from fedseg.report.headline import SCOPES
 from fedseg.report.run import Run, Scores
 from fedseg.report.run_files import read_run, scores, table, text
 from fedseg.segmentation.metrics import METRICS
 
 __all__ = ["UNTOLD", "Facts", "evaluation_rows", "facts_of"]
 
-_SCOPES = {
-    "global": "held-out cases at the server",
-    "unseen": "a kind of scan that no site has",
-    "federated": "cases that the sites held out",
-}
 UNTOLD = "Not told: the model file came without its run"
 
 
@@ -109,7 +105,7 @@ def _of_run(name: str, run: Run, origin: Mapping[str, str], *, license: str, aut
     lines = {str(line.number): line for line in run.rounds}
     line = lines.get(origin["round"])
     scopes = line.scopes if line else {}
-    rows = [row for scope, title in _SCOPES.items() for row in _rows(title, scopes.get(scope, {}))]
+    rows = [row for scope, title in SCOPES.items() for row in _rows(title, scopes.get(scope, {}))]
     phantoms = text(table(run.config.get("data")).get("source")) == "phantom" and all(
         table(site).get("simulated") is True for site in table(run.manifest.get("sites")).values()
     )

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from fedseg.commands.options import CustomCode, Device, Json, device_of
+from fedseg.commands.options import CustomCode, Device, Json, Runs, device_of
 
 __all__ = ["compare"]
 
 
 def compare(
-    run: Annotated[str, typer.Argument(help="A run's folder or id, or latest.")],
+    run: Annotated[str, typer.Argument(help="A run's id or folder, or latest.")] = "latest",
     sites: Annotated[
         Path | None,
         typer.Option(help="Folder of site folders; without: the simulated sites of the study."),
@@ -20,6 +20,7 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of each model; without: as in the run.")
     ] = None,
+    runs: Runs = None,
     device: Device = "auto",
     custom: CustomCode = False,
     as_json: Json = False,
@@ -34,7 +35,7 @@ def compare(
     from fedseg.segmentation.training import set_threads
 
     set_threads(None)
-    folder = find_run(run)
+    folder = find_run(run, runs)
     found = compare_run(
         folder,
         device=device_of(device),

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedseg.commands.options import CustomCode, Device, Json, device_of
+from fedseg.commands.options import (
+    CustomCode,
+    Device,
+    Json,
+    LargestLiver,
+    TumorInLiver,
+    device_of,
+)
 from fedseg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ __all__ = ["evaluate"]
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="A site's folder.")],
     model: Annotated[
-        Path | None, typer.Option("--model", help="A model-best.safetensors, or a run.")
+        Path | None, typer.Option("--model", help="A model file, a run, or demo.")
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Folder of masks that exist, named as their cases.")
@@ -37,8 +44,13 @@ def evaluate(
         float, typer.Option(min=0, max=0.999, help="IoU over which a lesion is found.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the 95% intervals.")] = 0,
+    largest_liver: LargestLiver = True,
+    tumor_in_liver: TumorInLiver = False,
 ) -> None:
-    """Score a model, or masks that exist, on a folder's cases, in each scan's own grid."""
+    """Score a model, or masks that exist, on a folder's cases, in each scan's own grid.
+
+    A model's masks are cleaned as `fedseg predict` does; masks that exist are scored as they are.
+    """
     from fedseg.segmentation.evaluation import evaluate_folder, evaluate_predictions
     from fedseg.segmentation.metrics import Scoring
     from fedseg.segmentation.model_file import find_model, load_model
@@ -53,7 +65,16 @@ def evaluate(
     def score_model(path: Path) -> "FolderScores":
         network, plan = load_model(path, allow_custom_code=custom)
         place = device_of(device)
-        return evaluate_folder(network, plan, directory, device=place, scoring=scoring, seed=seed)
+        return evaluate_folder(
+            network,
+            plan,
+            directory,
+            device=place,
+            largest_liver=largest_liver,
+            tumor_in_liver=tumor_in_liver,
+            scoring=scoring,
+            seed=seed,
+        )
 
     if model is not None and predictions is None:
         result = score_model(model)

@@ -14,14 +14,24 @@ __all__ = [
     "CustomCode",
     "Device",
     "Json",
+    "LargestLiver",
     "ModalityName",
     "ModelFile",
+    "Runs",
+    "TumorInLiver",
     "device_of",
     "modality_of",
 ]
 
+LargestLiver = Annotated[bool, typer.Option(help="Keep only the largest piece of liver.")]
+TumorInLiver = Annotated[
+    bool, typer.Option("--tumor-in-liver", help="Drop tumours that don't touch the liver.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-ModelFile = Annotated[Path, typer.Option("--model", help="A model-best.safetensors of a run.")]
+ModelFile = Annotated[Path, typer.Option("--model", help="A model file, a run, or demo.")]
+Runs = Annotated[
+    Path | None, typer.Option("--runs", help="Where runs are, if not in ~/.fedseg/runs.")
+]
 CustomCode = Annotated[
     bool,
     typer.Option("--allow-custom-code", help="Import the network a model file names as its own."),

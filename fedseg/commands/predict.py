@@ -14,8 +14,10 @@ from fedseg.commands.options import (
     CustomCode,
     Device,
     Json,
+    LargestLiver,
     ModalityName,
     ModelFile,
+    TumorInLiver,
     device_of,
     modality_of,
 )
@@ -40,12 +42,8 @@ def predict(
         str,
         typer.Option(help="Average over mirrored scans: x takes 2 times as long, xy 4, xyz 8."),
     ] = "",
-    largest_liver: Annotated[
-        bool, typer.Option(help="Keep only the largest piece of liver.")
-    ] = True,
-    tumor_in_liver: Annotated[
-        bool, typer.Option("--tumor-in-liver", help="Drop tumours that don't touch the liver.")
-    ] = False,
+    largest_liver: LargestLiver = True,
+    tumor_in_liver: TumorInLiver = False,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Draw the mask on a slice, too (.png).")
     ] = False,

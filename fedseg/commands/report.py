@@ -1,18 +1,17 @@
 """The command report."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedseg.commands.options import Runs
 
 __all__ = ["report"]
 
 
 def report(
     run: Annotated[str, typer.Argument(help="A run's id or folder, or latest.")] = "latest",
-    runs: Annotated[
-        Path | None, typer.Option("--runs", help="Where runs are, if not in ~/.fedseg/runs.")
-    ] = None,
+    runs: Runs = None,
 ) -> None:
     """Write report.html of a run, from the files in its folder alone."""
     from fedseg.report.report import write_report

@@ -1,19 +1,18 @@
 """The command watch."""
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedseg.commands.options import Runs
 
 __all__ = ["watch"]
 
 
 def watch(
     run: Annotated[str, typer.Argument(help="A run's id or folder, or latest.")] = "latest",
-    runs: Annotated[
-        Path | None, typer.Option("--runs", help="Where runs are, if not in ~/.fedseg/runs.")
-    ] = None,
+    runs: Runs = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show how it stands, and end.")] = False,
 ) -> None:

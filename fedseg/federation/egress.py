@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 
 from fedseg.arrays import array_bytes
@@ -45,6 +44,7 @@ from fedseg.peers import Peers
 from fedseg.privacy.ledger import append
 from fedseg.privacy.policy import Departure, Request, check_departure, check_request
 from fedseg.receipts import describe, stamp
+from fedseg.segmentation.inference import out_of_memory
 from fedseg.site_config import SiteConfig
 
 __all__ = ["LEFT", "Reply", "Work", "answered"]
@@ -124,12 +124,13 @@ def _attempt(step: Callable[[], Found]) -> Found | Reason:
     except ModuleNotFoundError as error:
         reason = Reason.MODEL_MISSING
         log.error("package %s isn't installed", error.name)
-    except (torch.OutOfMemoryError, MemoryError):
-        reason = Reason.OUT_OF_MEMORY
-        log.error("out of memory")
-    except Exception:
-        reason = Reason.ERROR
-        log.exception("a task failed")
+    except Exception as error:
+        if out_of_memory(error):
+            reason = Reason.OUT_OF_MEMORY
+            log.error("out of memory: %s", error)
+        else:
+            reason = Reason.ERROR
+            log.exception("a task failed")
     return reason
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedseg.data.plan import REGIONS
-from fedseg.errors import REASONS, ConfigError, Reason
+from fedseg.errors import REASONS, ConfigError
 from fedseg.registry import did_you_mean
 from fedseg.segmentation.metrics import empty_sums, summarise
 
-__all__ = ["check_monitor", "headline", "new_line", "score", "why"]
+__all__ = ["check_monitor", "headline", "in_words", "new_line", "score", "why"]
 
 
 def new_line(number: int, entries: Mapping[str, Any], *, seconds: float = 0.0) -> dict[str, Any]:
@@ -70,8 +70,14 @@ def why(site: Mapping[str, Any]) -> str:
     """Say in words what became of a site's round."""
     if site["status"] == "ok":
         return "ok"
-    detail = f" ({site['detail']})" if site.get("detail") else ""
-    return f"{site['status']}, {REASONS[Reason(site['reason'] or 'error')]}{detail}"
+    return f"{site['status']}, {in_words(site['reason'], site.get('detail'))}"
+
+
+def in_words(reason: str | None, detail: str | None = "") -> str:
+    """Say a reason's code in words; one of another version stays as it is."""
+    known = {code.value: words for code, words in REASONS.items()}
+    words = known.get(reason, reason) if reason else "no reason given"
+    return f"{words} ({detail})" if detail else words
 
 
 def headline(line: Mapping[str, Any], rounds: int) -> str:

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 from fedseg.report.run import Scores
+from fedseg.segmentation.lesions import BANDS
 
 __all__ = [
-    "METRIC_NAMES",
+    "METRICS",
     "UNDEFINED",
     "Value",
     "metric_name",
@@ -14,22 +15,32 @@ __all__ = [
     "signed",
     "size",
     "value_of",
+    "written",
 ]
 
-METRIC_NAMES = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "precision": "precision",
-    "recall": "recall (sensitivity)",
-    "volume_similarity": "volume similarity",
-    "hd95": "95% Hausdorff distance, mm",
-    "assd": "average surface distance, mm",
-    "nsd": "surface Dice (NSD)",
-    "volume_ml": "predicted volume, mL",
-    "volume_error_ml": "volume error, mL",
-    "volume_abs_error_ml": "size of the volume error, mL",
+METRICS = {
+    "dice": ("Dice", 3),
+    "iou": ("IoU", 3),
+    "precision": ("precision", 3),
+    "recall": ("recall (sensitivity)", 3),
+    "volume_similarity": ("volume similarity", 3),
+    "hd95": ("HD95 (95% Hausdorff), mm", 2),
+    "assd": ("ASSD (mean distance), mm", 2),
+    "nsd": ("NSD (surface Dice)", 3),
+    "volume_ml": ("predicted volume, mL", 1),
+    "volume_error_ml": ("volume error, mL", 1),
+    "volume_abs_error_ml": ("absolute volume error, mL", 1),
+    "lesion_precision": ("lesion precision", 3),
+    "lesion_recall": ("lesion recall", 3),
+    "lesion_f1": ("lesion F1", 3),
+    "lesions": ("lesions", 0),
+    "lesions_found": ("lesions found", 0),
+    "lesions_false": ("false lesions", 0),
+    "lesions_false_per_scan": ("false lesions a scan", 2),
+    "lesion_free_cases": ("scans without lesion", 0),
+    "lesions_false_per_lesion_free_scan": ("false lesions a scan without", 2),
 }
-"""Metric to its name and unit; any other is shown by its key."""
+"""Metric to its name with unit, and its decimals. Lesions by size have a suffix (`_small`)."""
 
 UNDEFINED = "\N{EN DASH}"
 """Shown for what no case defines."""
@@ -53,8 +64,25 @@ class Value:
 
 
 def metric_name(metric: str) -> str:
-    """Name a metric (`dice`, `hd95`) as a table does."""
-    return METRIC_NAMES.get(metric, metric.replace("_", " ").replace(".", " "))
+    """Name a metric (`dice`, `hd95`, `lesion_f1_small`) with its unit; any other by its key."""
+    base, band = _base(metric)
+    name = METRICS[base][0] if base in METRICS else base.replace("_", " ").replace(".", " ")
+    return f"{name}, {band}" if band else name
+
+
+def written(value: float | None, metric: str, *, sign: bool = False, undefined: str = "-") -> str:
+    """Write a metric with its decimals, those of a score where it isn't known."""
+    if value is None:
+        return undefined
+    digits = METRICS.get(_base(metric)[0], METRICS["dice"])[1]
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def _base(metric: str) -> tuple[str, str]:
+    for band in BANDS:
+        if metric.endswith(f"_{band}"):
+            return metric.removesuffix(f"_{band}"), band
+    return metric, ""
 
 
 def value_of(scores: Scores, key: str, *, bar: bool = False, mark: str = "") -> Value:
@@ -73,10 +101,8 @@ def value_of(scores: Scores, key: str, *, bar: bool = False, mark: str = "") -> 
     if value is None:
         return Value(text=UNDEFINED, note=note)
     share = min(max(value, 0.0), 1.0) if bar else None
-    digits = 3 if abs(value) < 10 else 1
-    return Value(
-        text=f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}"), note=note, share=share, mark=mark
-    )
+    text = written(value, key.partition(".")[2]).replace("-", "\N{MINUS SIGN}")
+    return Value(text=text, note=note, share=share, mark=mark)
 
 
 def signed(value: float) -> str:

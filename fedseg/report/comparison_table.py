@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedseg.data.plan import REGIONS
-from fedseg.report.table import cell, drawn, ends, headed
+from fedseg.report.amounts import written
+from fedseg.report.table import drawn, ends, headed
 from fedseg.segmentation.comparison import FEDERATED, LOCAL
 
 __all__ = ["comparison_text"]
@@ -24,7 +25,7 @@ def _models(found: Mapping[str, Any]) -> str:
     title = f"{found['steps']} steps each; mean over {found['cases']} held-out cases of all sites"
     table = headed(title, ("model",), (*_HEADS, "worst site, liver", "worst site, tumor"))
     for model, row in found["rows"].items():
-        cells = [cell(row.get(key), key.partition(".")[2]) for key in _COLUMNS]
+        cells = [written(row.get(key), key.partition(".")[2]) for key in _COLUMNS]
         table.add_row(_name(model), *cells, *(_worst(found, model, region) for region in REGIONS))
     return drawn(table)
 
@@ -65,6 +66,6 @@ def _matrix(found: Mapping[str, Any], region: str) -> str:
     sites = list(dict.fromkeys(site for row in rows.values() for site in row))
     table = headed(f"{region} Dice on each site's held-out cases", ("model",), sites)
     for model, row in rows.items():
-        cells = [cell(row.get(site, {}).get(f"{region}.dice"), "dice") for site in sites]
+        cells = [written(row.get(site, {}).get(f"{region}.dice"), "dice") for site in sites]
         table.add_row(model, *cells)
     return drawn(table)

@@ -15,8 +15,7 @@ def totals(run: Run) -> list[tuple[str, str]]:
     trained = [part for part in run.rounds if part.number > 0]
     sites = {name for part in trained for name in part.sites}
     up, down = sum(part.bytes_up for part in trained), sum(part.bytes_down for part in trained)
-    wanted = table(run.config.get("federation")).get("rounds")
-    of = f" of {wanted}" if isinstance(wanted, int) and wanted != len(trained) else ""
+    of = f" of {run.wanted_rounds}" if run.wanted_rounds not in (0, len(trained)) else ""
     return [
         ("rounds", f"{len(trained)}{of}"),
         ("sites", str(len(sites or table(run.manifest.get("sites"))))),

@@ -50,8 +50,6 @@ def _rows(scores: Scores) -> list[tuple[str, list[Value]]]:
 
 
 def _cell(scores: Scores, key: str) -> Value:
-    if key.partition(".")[2].startswith("lesions"):
-        return Value(text=f"{scores.get(key, 0):.0f}")
     return value_of({key: scores[key]} if key in scores else {}, key)
 
 

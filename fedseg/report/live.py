@@ -11,7 +11,7 @@ from rich.text import Text
 from fedseg.report.amounts import UNDEFINED, seconds, size, value_of
 from fedseg.report.headline import REGION_NAMES, SCOPES, main_scope
 from fedseg.report.run import Round, Run
-from fedseg.report.run_files import read_run, table, text
+from fedseg.report.run_files import read_run, text
 
 __all__ = ["finished", "follow", "left", "sparkline", "view"]
 
@@ -30,12 +30,6 @@ def sparkline(values: Sequence[float], *, width: int = 40) -> str:
     return "".join(_BARS[min(7, max(0, math.floor(value * 8)))] for value in shown)
 
 
-def wanted_rounds(run: Run) -> int:
-    """Rounds the study is to have, 0 where the config doesn't say."""
-    wanted = table(run.config.get("federation")).get("rounds")
-    return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else 0
-
-
 def left(run: Run) -> float | None:
     """Seconds that are left, by the mean of the last rounds; None where nobody can know."""
     trained = [part for part in run.rounds if part.number > 0]
@@ -43,7 +37,7 @@ def left(run: Run) -> float | None:
         return None
     recent = trained[-_RECENT:]
     mean = sum(part.seconds for part in recent) / len(recent)
-    return mean * max(0, wanted_rounds(run) - trained[-1].number)
+    return mean * max(0, run.wanted_rounds - trained[-1].number)
 
 
 def finished(run: Run) -> bool:
@@ -64,7 +58,7 @@ def _status(run: Run, last: Round | None) -> Text:
     status = text(run.manifest.get("status")) or "starting"
     words = [f"{run.id}: {status}"]
     if last is not None:
-        of = f" of {wanted_rounds(run)}" if wanted_rounds(run) else ""
+        of = f" of {run.wanted_rounds}" if run.wanted_rounds else ""
         words.append(f"round {last.number}{of}")
         words.append(f"last round {seconds(last.seconds)}")
     failed = [part for part in run.rounds if part.failed]

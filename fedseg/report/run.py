@@ -100,6 +100,7 @@ class Run:
         matrix: Site of a model to site of the cases to metrics.
         everywhere: Other model (`pooled`, `federated`) to site of the cases to metrics.
         differences: Row to metric to `difference`, `low` and `high` of the federated model to it.
+        wanted_rounds: Rounds the study is to have, 0 where the config doesn't say.
         steps: Optimiser steps each row of the comparison took.
         models: Model files.
         pictures: Of the server's cases.
@@ -116,6 +117,7 @@ class Run:
     matrix: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
     everywhere: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
     differences: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
+    wanted_rounds: int = 0
     steps: float | None = None
     models: Sequence[Model] = ()
     pictures: Sequence[Picture] = ()

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedseg.config import StudyConfig
-from fedseg.errors import REASONS, Reason, StudyError
-from fedseg.federation.history import score
+from fedseg.errors import StudyError
+from fedseg.federation.history import in_words, score
 from fedseg.report.run import Model, Picture, Round, Run, Scores, SiteRound
 
 __all__ = ["find_run", "number", "read_run", "scores", "table", "text"]
@@ -55,7 +55,8 @@ def read_run(folder: Path) -> Run:
     config = _json(folder / "config.json", problems)
     manifest = _json(folder / "manifest.json", problems)
     comparison = _json(folder / "comparison.json", problems, optional=True)
-    monitor = text(table(config.get("federation")).get("monitor"))
+    federation = table(config.get("federation"))
+    monitor = text(federation.get("monitor"))
     return Run(
         folder=folder,
         id=text(manifest.get("run")) or folder.name,
@@ -67,6 +68,7 @@ def read_run(folder: Path) -> Run:
         matrix=_two_deep(comparison.get("matrix")),
         everywhere=_two_deep(comparison.get("per_site")),
         differences=_two_deep(comparison.get("differences")),
+        wanted_rounds=int(number(federation.get("rounds")) or 0),
         steps=number(comparison.get("steps")),
         models=_models(folder, table(manifest.get("sha256"))),
         pictures=_pictures(folder / "pictures", problems),
@@ -174,22 +176,16 @@ def _late(value: object) -> list[tuple[str, int, bool]]:
 
 def _site(site: Mapping[str, Any]) -> SiteRound:
     status = text(site.get("status")) or "evaluated"
+    why = in_words(text(site.get("reason")), text(site.get("detail")))
     return SiteRound(
         status=status,
-        why=_why(site) if status not in ("ok", "evaluated") else "",
+        why="" if status in ("ok", "evaluated") else why,
         weight=number(site.get("weight")) or 0.0,
         seconds=number(site.get("seconds")) or 0.0,
         bytes_up=number(site.get("bytes_up")) or 0.0,
         training=scores(site.get("training")),
         metrics=scores(site.get("metrics")),
     )
-
-
-def _why(site: Mapping[str, Any]) -> str:
-    reason, detail = text(site.get("reason")), text(site.get("detail"))
-    known = reason in set(Reason)
-    words = REASONS[Reason(reason)] if known else reason or "no reason given"
-    return f"{words} ({detail})" if detail else words
 
 
 def _models(folder: Path, hashes: Mapping[str, Any]) -> list[Model]:

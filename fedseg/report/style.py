@@ -114,6 +114,7 @@ tr { break-inside: avoid; }
 .fill-tumor { background: #e69f0080; } .line-tumor { border: 2px solid #e69f00; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+details caption { position: absolute; clip-path: inset(50%); width: 1px; overflow: hidden; }
 :focus-visible { outline: 3px solid var(--server); outline-offset: 2px; }
 @media (max-width: 600px) {
   main { padding: 16px 14px 48px; }
@@ -121,6 +122,10 @@ summary { cursor: pointer; font-weight: 600; }
   th, td { padding: .35rem .5rem; }
   tbody th, .numbers td { white-space: normal; }
   .numbers small { white-space: nowrap; }
+  .numbers td, .numbers thead th + th { min-width: 4.6rem; }
+  tbody th { overflow-wrap: normal; }
+  .short td:nth-child(3) { min-width: 12rem; }
+  caption { max-width: calc(100vw - 28px); }
   .bar { min-width: 0; }
 }
 @media print {

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedseg.data.plan import REGIONS
+from fedseg.report.amounts import metric_name, written
 from fedseg.segmentation.intervals import Difference, Interval
 from fedseg.segmentation.lesions import BANDS
 from fedseg.segmentation.metrics import METRICS
 
 __all__ = [
-    "cell",
     "difference_table",
     "drawn",
     "ends",
@@ -25,18 +25,6 @@ __all__ = [
 ]
 
 Summary = Mapping[str, float | int | None]
-
-_UNITS = {
-    "hd95": ("HD95, mm", 2),
-    "assd": ("ASSD, mm", 2),
-    "nsd": ("NSD", 3),
-    "volume_ml": ("volume, mL", 1),
-    "volume_error_ml": ("volume error, mL", 1),
-    "volume_abs_error_ml": ("volume error, absolute, mL", 1),
-    "lesion_f1": ("lesion F1", 3),
-    "lesions_false_per_scan": ("false lesions a scan", 2),
-}
-"""Metric to how it is written, and its decimals; any other is a score from 0 to 1."""
 
 _SHOWN = {
     "liver": ("dice", "precision", "recall", "volume_similarity", "hd95", "nsd"),
@@ -93,27 +81,18 @@ def _metric_part(title: str, columns: Mapping[str, Summary]) -> Table:
             key = f"{region}.{metric}"
             if metric in ("hd95", "nsd") and not any(key in part for part in columns.values()):
                 continue
-            cells = [cell(summary.get(key), metric) for summary in columns.values()]
-            table.add_row(region, _name(metric), *cells)
+            cells = [written(summary.get(key), metric) for summary in columns.values()]
+            table.add_row(region, metric_name(metric), *cells)
         table.add_section()
     table.add_row("", "cases", *[str(summary.get("cases", 0)) for summary in columns.values()])
     return table
-
-
-def _name(metric: str) -> str:
-    return _UNITS[metric][0] if metric in _UNITS else metric.replace("_", " ")
-
-
-def cell(value: float | None, metric: str) -> str:
-    """Write a metric with its decimals; what is undefined is a dash."""
-    return "-" if value is None else f"{value:.{_UNITS.get(metric, ('', 3))[1]}f}"
 
 
 def ends(interval: Interval | None, metric: str) -> str:
     """Write an interval of a metric."""
     if interval is None:
         return "-"
-    return f"{cell(interval[0], metric)} to {cell(interval[1], metric)}"
+    return f"{written(interval[0], metric)} to {written(interval[1], metric)}"
 
 
 def scores_table(title: str, summary: Summary, intervals: Mapping[str, Interval]) -> str:
@@ -133,11 +112,11 @@ def scores_table(title: str, summary: Summary, intervals: Mapping[str, Interval]
                 continue
             table.add_row(
                 region,
-                _name(metric),
-                cell(summary[key], metric),
+                metric_name(metric),
+                written(summary[key], metric),
                 ends(intervals.get(key), metric),
                 str(summary[f"{key}.cases"]),
-                cell(summary.get(f"{key}.pooled"), metric),
+                written(summary.get(f"{key}.pooled"), metric),
                 ends(intervals.get(f"{key}.pooled"), metric),
             )
         table.add_section()
@@ -158,13 +137,13 @@ def lesion_table(title: str, summary: Summary, intervals: Mapping[str, Interval]
         table.add_row(
             _size(band, lower, upper),
             *(str(number) for number in numbers),
-            *(cell(rate, "") for rate in rates),
+            *(written(rate, "") for rate in rates),
             ends(intervals.get(f"tumor.lesion_f1{suffix}"), ""),
             end_section=upper == list(BANDS.values())[-1],
         )
         lower = upper
     scan, free = (
-        cell(summary[f"tumor.lesions_false_per_{name}"], "lesions_false_per_scan")
+        written(summary[f"tumor.lesions_false_per_{name}"], "lesions_false_per_scan")
         for name in ("scan", "lesion_free_scan")
     )
     count = summary["tumor.lesion_free_cases"]
@@ -186,14 +165,13 @@ def difference_table(title: str, found: Mapping[str, Difference]) -> str:
     table = headed(title, ("region", "metric"), heads)
     for key, one in found.items():
         region, _, metric = key.partition(".")
-        decimals = _UNITS.get(metric, ("", 3))[1]
         table.add_row(
             region,
-            _name(metric),
+            metric_name(metric),
             str(one.pairs),
-            cell(one.one, metric),
-            cell(one.other, metric),
-            f"{one.difference:+.{decimals}f}",
+            written(one.one, metric),
+            written(one.other, metric),
+            written(one.difference, metric, sign=True),
             "-" if one.low is None or one.high is None else ends((one.low, one.high), metric),
             "-" if one.p is None else f"{one.p:.3g}",
         )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedseg.errors import CaseError, DataError
 from fedseg.segmentation.inference import predict_labels, predict_logits
 from fedseg.segmentation.intervals import Interval, intervals
 from fedseg.segmentation.metrics import Scoring, add, summarise, sums_of_case
+from fedseg.segmentation.postprocess import clean_labels
 from fedseg.site_config import SiteConfig, load_site_config
 
 __all__ = [
@@ -106,11 +107,13 @@ class FolderScores:
         cases: Name of a case to its sums.
         skipped: One line for each case that can't be used.
         seed: Of the intervals.
+        cleaning: How a network's masks were cleaned, see `clean_labels`; None for masks that exist.
     """
 
     cases: Mapping[str, Sums]
     skipped: tuple[str, ...]
     seed: int = 0
+    cleaning: Mapping[str, bool] | None = None
 
     @property
     def all(self) -> dict[str, float | int | None]:
@@ -133,6 +136,7 @@ class FolderScores:
             "intervals": {key: list(ends) for key, ends in self.intervals.items()},
             "cases": {name: summarise(sums) for name, sums in self.cases.items()},
             "skipped": list(self.skipped),
+            "cleaning": self.cleaning,
         }
 
 
@@ -142,19 +146,34 @@ def evaluate_folder(
     folder: Path,
     *,
     device: torch.device,
+    largest_liver: bool = True,
+    tumor_in_liver: bool = False,
     scoring: Scoring | None = None,
     seed: int = 0,
 ) -> FolderScores:
-    """Score a network on every case of a site's folder; `site.toml` there applies.
+    """Score a network's masks, cleaned as `fedseg predict` does, on every case of a site's folder.
+
+    Args:
+        network: The network.
+        plan: Its plan.
+        folder: The site's folder; `site.toml` there applies.
+        device: Where it runs.
+        largest_liver: As in `clean_labels`.
+        tumor_in_liver: As in `clean_labels`.
+        scoring: What is measured, and how.
+        seed: Of the intervals.
 
     Raises:
         DataError: The folder is missing or has no usable case.
     """
+    cleaning = {"largest_liver": largest_liver, "tumor_in_liver": tumor_in_liver}
 
     def labels(case: Case, scan: Volume, site: SiteConfig) -> np.ndarray:
-        return predict_labels(network, scan, plan, device=device, modality=site.modality)
+        found = predict_labels(network, scan, plan, device=device, modality=site.modality)
+        return clean_labels(found, **cleaning)
 
-    return _score_folder(folder, labels, scoring=scoring, seed=seed)
+    scores = _score_folder(folder, labels, scoring=scoring, seed=seed)
+    return replace(scores, cleaning=cleaning)
 
 
 def evaluate_predictions(

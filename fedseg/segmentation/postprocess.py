@@ -17,7 +17,9 @@ _ROWS = 16
 Labels = npt.NDArray[np.uint8]
 
 
-def clean_labels(labels: Labels, *, largest_liver: bool, tumor_in_liver: bool) -> Labels:
+def clean_labels(
+    labels: Labels, *, largest_liver: bool = True, tumor_in_liver: bool = False
+) -> Labels:
     """Take away liver and tumour that can't be.
 
     A component is one of the region liver (label >= 1), so a tumour counts as part of the liver

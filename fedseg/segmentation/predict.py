@@ -73,7 +73,7 @@ def predict_files(
     device: torch.device,
     modality: Modality = "auto",
     flips: Sequence[int] = (),
-    largest_liver: bool = False,
+    largest_liver: bool = True,
     tumor_in_liver: bool = False,
     overlay: bool = False,
     overwrite: bool = False,

@@ -240,7 +240,7 @@ def test_folder_of_a_run_gives_its_best_model_and_its_card(
     assert f"- run: {folder.run_id}" in card
     assert re.search(r"\n\d cases at 2 sites \(\d, \d\), over 1 rounds", card)
     assert "Weights: CC BY 4.0." in card
-    assert "| cases that the sites held out | liver | dice |" in card
+    assert "| cases held out at the sites | liver | dice |" in card
     assert "No differential privacy was used" in card
     metadata = json.loads((out / "configs" / "metadata.json").read_text())
     assert any(key.startswith("federated.liver.dice") for key in metadata["eval_metrics"])

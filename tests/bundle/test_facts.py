@@ -37,7 +37,7 @@ def of(folder: Path, round_number: str = "2") -> Facts:
 def test_run_is_summed_up(tmp_path: Path) -> None:
     facts = of(write_run(tmp_path / "r"))
     assert facts.data == "12 cases at 2 sites (7, 5), over 2 rounds; no scan left its site"
-    assert facts.rows == (("held-out cases at the server", "liver", "dice", "0.912", "-", "3"),)
+    assert facts.rows == (("cases held out at the server", "liver", "dice", "0.912", "-", "3"),)
     assert facts.scores == {"global.liver.dice": 0.9123}
     assert not facts.phantoms
     assert facts.versions["torch"] == "2.13"

@@ -145,6 +145,26 @@ def test_hd95_is_the_worse_direction_and_assd_counts_every_voxel() -> None:
     assert found["nsd"] == pytest.approx((3 + 2) / 42)
 
 
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(7, 30, 19)],  # near
+        [(6, 47, 19), (6, 3, 19)],  # in the box that is tried, and just beyond it, nearer to some
+        [],  # only far ones
+    ],
+)
+def test_a_small_region_in_a_large_volume_finds_the_nearest_points_wherever_they_lie(
+    points: list[tuple[int, int, int]],
+) -> None:
+    one, other = np.zeros((2, 60, 50, 40), bool)
+    one[4:9, 20:32, 18:21] = True
+    other[tuple(np.transpose([*points, (0, 0, 0), (59, 49, 39)]))] = True
+    for mine, wanted in zip(
+        surface_distances(one, other, spacing=SPACING), by_brute_force(one, other), strict=True
+    ):
+        assert np.sort(mine) == pytest.approx(np.sort(wanted), abs=1e-9)
+
+
 def test_same_region_has_distance_zero_also_at_the_side_of_the_volume() -> None:
     region = np.ones((5, 6, 7), bool)
     same = surface_metrics(region, region, spacing=SPACING, tolerance_mm=0)
