@@ -16,7 +16,7 @@ from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase, cached_case
 from fedseg.data.patches import batches
 from fedseg.data.phantom import PhantomKind, phantom_seeds, write_phantom_site
-from fedseg.data.plan import Plan
+from fedseg.data.plan import REGIONS, Plan
 from fedseg.data.planning import make_plan
 from fedseg.data.sites import site_cases
 from fedseg.federation.compression import make_scheme
@@ -25,7 +25,9 @@ from fedseg.federation.head import tumor_rows
 from fedseg.federation.reduce import reducer_of
 from fedseg.federation.spool import open_update, spool
 from fedseg.federation.strategies import make_strategy, next_state, train_config
+from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.messages import Task
+from fedseg.registry import resolve
 from fedseg.segmentation.evaluation import evaluate_cases
 from fedseg.segmentation.losses import dice_ce
 from fedseg.segmentation.metrics import summarise
@@ -43,6 +45,7 @@ SMALL: dict[str, object] = {
     "train.batch-size": 2,
     "train.learning-rate": 2e-3,
     "train.precision": "fp32",
+    "train.optimizer-state": "keep",
 }
 """Coarse voxels and few channels: the liver is learnt in seconds, tumours are not seen."""
 
@@ -70,15 +73,23 @@ class Site:
     """A site with a network and an optimiser that lives as long as the run."""
 
     def __init__(
-        self, name: str, cases: Sequence[CachedCase], plan: Plan, study: StudyConfig
+        self,
+        name: str,
+        cases: Sequence[CachedCase],
+        plan: Plan,
+        study: StudyConfig,
+        annotated: Sequence[str] = tuple(REGIONS),
     ) -> None:
         self.name, self.cases, self.plan, self.study = name, cases, plan, study
+        self.annotated = annotated
         self.network = build_model(plan, seed=study.train.seed)
         self.optimizer = make_optimizer(self.network, study.train)
 
     def train(self, number: int, rounds: int, steps: int, mu: float = 0.0) -> dict[str, float]:
         """Train a round; return what a site says of it."""
         losses: list[float] = []
+        if self.study.train.optimizer_state == "reset":
+            self.optimizer = make_optimizer(self.network, self.study.train)
         drawn = batches(
             self.cases,
             steps=steps,
@@ -96,11 +107,17 @@ class Site:
             steps=steps,
             round_number=number,
             rounds=rounds,
+            annotated=self.annotated,
             proximal_mu=mu,
             optimizer=self.optimizer,
             on_step=lambda step, of, loss: losses.append(float(loss)),
         )
-        return {"cases": len(self.cases), "steps": steps, "first_loss": losses[0]}
+        return {
+            "cases": len(self.cases),
+            "annotated": len(self.annotated),
+            "steps": steps,
+            "first_loss": losses[0],
+        }
 
 
 def federate(
@@ -110,6 +127,7 @@ def federate(
     *,
     own: Strategy | None = None,
     trained: nn.Module | None = None,
+    annotated: Sequence[Sequence[str]] | None = None,
 ) -> list[nn.Module]:
     """Run all rounds of a study.
 
@@ -119,13 +137,16 @@ def federate(
         steps: Steps of each site a round.
         own: Strategy to use in place of the study's.
         trained: Network to start from.
+        annotated: Regions that each site annotates; all of them by default.
 
     Returns:
         The model each site ends with: the global one, with its own layers where some are local.
     """
     study = StudyConfig.from_run_config(dict(keys))
     plan = make_plan(study)
-    sites = [Site(f"site-{n}", cases, plan, study) for n, cases in enumerate(shares)]
+    regions = annotated or [tuple(REGIONS)] * len(shares)
+    sites = [Site(f"site-{n}", cases, plan, study, regions[n]) for n, cases in enumerate(shares)]
+    weigh = resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
     if trained:
         for site in sites:
             site.network.load_state_dict(trained.state_dict())
@@ -154,7 +175,7 @@ def federate(
                     Path(folder), site.name, {"values": values}, scheme=make_scheme("none")
                 )
                 updates.append(open_update(path, size=layout.size))
-            moved = reduce(updates, [m["cases"] for m in metrics], metrics)
+            moved = reduce(updates, [weigh(m) for m in metrics], metrics)
         state = next_state(strategy, number, state, unflatten(moved, layout), to)
     for site in sites:
         site.network.load_state_dict(state, strict=False)
