@@ -11,6 +11,7 @@ from fedseg.commands.compare import compare
 from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
+from fedseg.commands.leak import leak
 from fedseg.commands.predict import predict
 from fedseg.commands.report import report
 from fedseg.commands.watch import watch
@@ -63,5 +64,8 @@ def _version(
         raise typer.Exit
 
 
-for command in (phantom, check, fingerprint, predict, evaluate, compare, export, report, watch):
+for command in (
+    *(phantom, check, fingerprint, predict, evaluate, compare, export, report, watch),
+    leak,
+):
     app.command()(command)
