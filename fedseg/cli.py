@@ -16,6 +16,7 @@ from fedseg.commands.compare import compare
 from fedseg.commands.data import check, fingerprint, phantom
 from fedseg.commands.evaluate import evaluate
 from fedseg.commands.export import export
+from fedseg.commands.leak import leak
 from fedseg.commands.predict import predict
 from fedseg.commands.privacy import privacy
 from fedseg.commands.report import report
@@ -72,7 +73,7 @@ def _version(
 
 for command in (
     *(phantom, check, fingerprint, predict, evaluate, compare, export, report, watch),
-    *(audit, sign, hub),
+    *(audit, sign, hub, leak),
 ):
     app.command()(command)
 app.add_typer(privacy, name="privacy")

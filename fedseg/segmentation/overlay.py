@@ -10,7 +10,7 @@ from scipy import ndimage
 from fedseg.data.plan import REGIONS
 from fedseg.data.preprocess import modality_of
 
-__all__ = ["COLOURS", "axial_slice", "draw_overlay"]
+__all__ = ["COLOURS", "axial_slice", "draw_overlay", "encode_png"]
 
 COLOURS = {"liver": (86, 180, 233), "tumor": (230, 159, 0)}
 """Sky blue and orange of Okabe and Ito: told apart on grey, with any kind of colour blindness."""
@@ -87,7 +87,7 @@ def draw_overlay(
     for region, lowest in REGIONS.items():
         inside = _region(prediction[:, :, z] >= lowest, shape)
         _paint(picture, inside & ~ndimage.binary_erosion(inside, iterations=2), COLOURS[region], 1)
-    return _png(np.round(picture).astype(np.uint8))
+    return encode_png(np.round(picture).astype(np.uint8))
 
 
 def _usual_window(image: np.ndarray) -> tuple[float, float]:
@@ -123,7 +123,7 @@ def _paint(
     picture[where] += opacity * (np.array(colour, np.float32) - picture[where])
 
 
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
     """Encode `[height, width, 3]` (PNG specification, third edition)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
