@@ -15,6 +15,7 @@ from fedseg.commands.export import export
 from fedseg.commands.predict import predict
 from fedseg.commands.privacy import privacy
 from fedseg.commands.report import report
+from fedseg.commands.sign import hub, sign
 from fedseg.commands.watch import watch
 from fedseg.errors import FedSegError
 from fedseg.logs import show_logs
@@ -67,7 +68,7 @@ def _version(
 
 for command in (
     *(phantom, check, fingerprint, predict, evaluate, compare, export, report, watch),
-    *(audit,),
+    *(audit, sign, hub),
 ):
     app.command()(command)
 app.add_typer(privacy, name="privacy")

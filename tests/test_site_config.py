@@ -50,7 +50,33 @@ def test_every_key_of_the_file(tmp_path: Path) -> None:
         "fingerprint_min_cases": 1,
         "share_fingerprint": True,
         "fingerprint_epsilon": None,
+        "min_evaluation_cases": 1,
+        "min_peers": 0,
+        "metrics": None,
+        "queries": None,
+        "models": None,
+        "strategies": None,
+        "require_secure_aggregation": False,
+        "privacy_modes": None,
+        "max_epsilon": None,
+        "min_noise": None,
+        "max_clip": None,
     }
+
+
+def test_lists_of_the_policy_in_both_forms(tmp_path: Path) -> None:
+    written = from_toml(
+        tmp_path, 'policy.metrics = ["liver", "cases"]\npolicy.queries = ["hello"]\n'
+    )
+    given = load_site_config({"policy.metrics": "liver, cases", "policy.queries": "hello"})
+    assert written.policy == given.policy
+    assert given.policy.metrics == ("liver", "cases")
+
+
+def test_ledger_lies_in_the_cache_unless_named(tmp_path: Path, home: Path) -> None:
+    assert load_site_config({}).ledger_file == home / "cache" / "ledger.jsonl"
+    assert load_site_config({"cache-dir": "/x"}).ledger_file == Path("/x/ledger.jsonl")
+    assert load_site_config({"ledger": "/y/z"}).ledger_file == Path("/y/z")
 
 
 @pytest.mark.parametrize("text", ['"liver, tumor"', '["liver", "tumor"]', '"liver,tumor"'])
@@ -114,6 +140,9 @@ def test_a_given_folder_is_the_data_dir(tmp_path: Path) -> None:
         ("label-map = {3 = [1]}", "label-map: .*pairs of mask value"),
         ("label-map = 3", "label-map: got 3; expected a"),
         ("policy.allow-custom-code = 'yes'", "policy.allow-custom-code: got 'yes'; expected a"),
+        ("policy.queries = ['helo']", r"policy.queries.0: got 'helo'; expected 'hello'"),
+        ("policy.privacy-modes = 'dp'", r"policy.privacy-modes.0: got 'dp'; expected 'none'"),
+        ("policy.max-epsilon = 0", "policy.max-epsilon: got 0; expected greater than 0"),
         ("policy.max-bytes = 0", "policy.max-bytes: got 0; expected at least 1"),
         ("name = ", "site.toml: not valid TOML"),
     ],

@@ -270,7 +270,12 @@ class Workplace:
 
     # SuperLink and SuperNodes
 
-    def superlink(self, *options: str | Path, port: int | None = None) -> Process:
+    def superlink(
+        self,
+        *options: str | Path,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Process:
         """Start a SuperLink and wait until it listens; without options it has no TLS."""
         port = port or free_port()
         self.address = f"127.0.0.1:{port}"
@@ -281,7 +286,7 @@ class Workplace:
             *("--host", "127.0.0.1", "--port", str(port)),
             "--disable-runtime-dependency-installation",
             *("--database", self.root / "state.db"),
-            env=self.env("server"),
+            env=self.env("server", **(env or {})),
         )
 
         def listens() -> bool:
@@ -334,17 +339,22 @@ class Workplace:
     # Runs
 
     def begin(
-        self, config: Mapping[str, object], *options: str, app: Path = CHECKOUT, where: str = ""
+        self,
+        config: Mapping[str, object],
+        *options: str,
+        app: Path | str = CHECKOUT,
+        where: str = "",
     ) -> Process:
-        """Begin `flwr run --stream` and return while it runs."""
+        """Begin `flwr run --stream` of a folder or an app of a hub; return while it runs."""
         self._runs += 1
         config = {"output.dir": str(self.root / "runs" / str(self._runs)), **config}
         overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         return self.start(
             f"{self._runs:02d}-flwr-run",
-            *("flwr", "run", ".", *([where] if where else []), "--stream"),
-            *(*options, "-c", overrides),
-            cwd=app,
+            *("flwr", "run", "." if isinstance(app, Path) else app),
+            *([where] if where else []),
+            *("--stream", *options, "-c", overrides),
+            cwd=app if isinstance(app, Path) else None,
         )
 
     def end(self, process: Process, *, where: str = "", seconds: float = 240) -> Run:
@@ -372,7 +382,7 @@ class Workplace:
         return self.end(begun, seconds=seconds)
 
     def deploy(
-        self, config: Mapping[str, object], *, app: Path = CHECKOUT, seconds: float = 240
+        self, config: Mapping[str, object], *, app: Path | str = CHECKOUT, seconds: float = 240
     ) -> Run:
         """Run a study on the SuperLink and the SuperNodes of this workplace."""
         begun = self.begin(config, app=app, where=FEDERATION)

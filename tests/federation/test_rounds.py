@@ -93,6 +93,7 @@ def test_a_late_update_is_recorded_and_carried_only_where_asked(
     assert lines[1]["sites"]["dortmund"]["status"] == "late"
     assert lines[2]["sites"]["dortmund"]["status"] == "late"
     (entry,) = lines[3]["late"]
+    assert set(entry.pop("received")) == {"train"}
     assert entry == {"site": "dortmund", "round": 1, "status": "ok", "used": late == "carry"}
     assert lines[3]["sites"]["dortmund"]["status"] == "ok"
 

@@ -96,7 +96,7 @@ def test_secure_run_equals_the_plain_run_and_shows_only_sums(
     uploads = [m for m in grid.received if m.metadata.message_type == "train"]
     assert len(uploads) == 8
     for message in uploads:
-        assert set(message.content) == {"status", "metrics", "update", "secagg"}
+        assert set(message.content) == {"status", "metrics", "update", "secagg", "ledger"}
         assert not message.content["metrics"]
         words = message.content["update"]["words"].numpy()
         assert words.dtype == np.uint32
