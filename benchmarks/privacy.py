@@ -5,6 +5,7 @@ noise. `python benchmarks/privacy.py [--rounds 6] [--seeds 2]`
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -14,10 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import torch
-from flwr.app import Context, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
-from harness import processor, write_result
+import torch  # noqa: E402
+from flwr.app import Context, RecordDict  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from harness import processor, write_result  # noqa: E402
 
 BASE = {
     "model.width": 8,
@@ -67,8 +68,6 @@ def one_run(config: dict[str, object], scratch: Path, *, sites: int) -> dict:
     grid = LocalGrid(nodes, run_config)
     began = time.monotonic()
     folder = server_app.run_study(grid, Context(7, 1, {}, RecordDict(), run_config))
-    import json
-
     lines = (folder.path / "history.jsonl").read_text().splitlines()
     line = json.loads(lines[-1])
     manifest = json.loads((folder.path / "manifest.json").read_text())
@@ -124,8 +123,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     head = (
         f"# Dice under differential privacy\n\n{processor()}, one thread; {options.sites} sites of "
-        f"12 phantoms, 9 mm voxels, {options.rounds} rounds, {found[0]['parameters']:,} parameters, "
-        f"delta 1e-5; Dice on 8 held-out phantoms for {options.seeds} seeds.\n\n"
+        f"12 phantoms, 9 mm voxels, {options.rounds} rounds, {found[0]['parameters']:,} "
+        f"parameters, delta 1e-5; mean Dice on the server's phantoms, seeds: {options.seeds}.\n\n"
     )
     write_result("privacy", head + "\n".join(rows) + "\n")
 

@@ -1,4 +1,4 @@
-"""Every rule of a site's policy, tripped over TLS by a node known by its key, named at the server."""
+"""Every rule of a policy, tripped over TLS by a node known by its key, shown at the server."""
 
 import json
 import threading

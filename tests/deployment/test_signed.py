@@ -1,4 +1,4 @@
-"""A SuperNode with `--trusted-entities` runs a bundle that someone it trusts signed, and no other."""
+"""A SuperNode with `--trusted-entities` runs a bundle signed by someone it trusts, and no other."""
 
 import re
 from pathlib import Path

@@ -1,0 +1,155 @@
+"""Tests of the one way out: what can't be judged or written down doesn't leave."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from fedseg.errors import StudyError
+from fedseg.privacy.ledger import read
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def sites(make_site: Callable[..., Path], tmp_path: Path) -> dict[int, dict[str, Any]]:
+    return {
+        n: {
+            "data-dir": str(make_site(name, seed=n)),
+            "device": "cpu",
+            "ledger": str(tmp_path / f"{name}.jsonl"),
+        }
+        for n, name in enumerate(("aachen", "bonn", "chemnitz"), start=1)
+    }
+
+
+def history(folder: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
+
+
+def after_hello(change: Callable[[], None]) -> Callable[[Message], Message]:
+    """Do something once the site has said hello."""
+
+    def reply(message: Message) -> Message:
+        if message.metadata.message_type == "query.hello":
+            change()
+        return message
+
+    return reply
+
+
+def from_site(grid: Any, node: int) -> list[Message]:
+    return [m for m in grid.received if m.metadata.src_node_id == node]
+
+
+def test_nothing_leaves_where_the_ledger_cannot_be_written(
+    run_study: Run, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    def spoil() -> None:
+        (tmp_path / "bonn.jsonl").unlink()
+        (tmp_path / "bonn.jsonl").mkdir()
+
+    folder, grid = run_study(sites, {"federation.sites": 3}, reply={2: after_hello(spoil)})
+    site = history(folder)[1]["sites"]["bonn"]
+    assert (site["status"], site["reason"]) == ("failed", "ledger")
+    for message in from_site(grid, 2)[1:]:
+        assert set(message.content) == {"status", "metrics"}
+        assert dict(message.content["status"]) == {"status": "failed", "reason": "ledger"}
+        assert not message.content["metrics"]
+
+
+def test_damaged_ledger_stops_a_site(run_study: Run, sites: dict[int, Any], tmp_path: Path) -> None:
+    ledger = tmp_path / "bonn.jsonl"
+
+    def spoil() -> None:
+        ledger.write_bytes(ledger.read_bytes().replace(b"hello", b"hallo"))
+
+    folder, _ = run_study(sites, {"federation.sites": 3}, reply={2: after_hello(spoil)})
+    assert history(folder)[1]["sites"]["bonn"]["reason"] == "ledger"
+
+
+def test_site_without_a_ledger_cannot_take_part(
+    run_study: Run, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    for number in (2, 3):
+        sites[number]["ledger"] = str(tmp_path)
+    with pytest.raises(StudyError, match="its ledger can't be written, so nothing left"):
+        run_study(sites, {"federation.connect-deadline": 1.0})
+
+
+def test_refused_metrics_are_named_and_leave_the_model_alone(
+    run_study: Run, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    sites[3]["policy.metrics"] = "training"
+    folder, grid = run_study(sites, {"federation.sites": 3})
+    line = history(folder)[2]
+    site = line["sites"]["chemnitz"]
+    assert (site["status"], site["no_metrics"]) == ("ok", "policy-metrics")
+    assert line["federated"]["cases"] == 2
+    sent = [m for m in from_site(grid, 3) if m.metadata.message_type == "evaluate"]
+    assert sent and not any(m.content["metrics"] for m in sent)
+    told = [e for e in read(tmp_path / "chemnitz.jsonl") if e["message"] == "evaluate"]
+    assert {(e["status"], e["reason"]) for e in told} == {("refused", "policy-metrics")}
+
+
+def test_refusal_of_the_fingerprint_is_in_the_manifest(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    sites[1]["policy.strategies"] = "krum"
+    folder, _ = run_study(sites, {"federation.sites": 3})
+    received = json.loads((folder.path / "manifest.json").read_text())["received"]
+    found = {e["site"]: e["reason"] for e in received if e["kind"] == "fingerprint"}
+    assert found == {"aachen": "policy-strategies", "bonn": None, "chemnitz": None}
+    assert history(folder)[1]["sites"]["aachen"]["reason"] == "policy-strategies"
+
+
+def test_peers_are_counted_in_the_roster_of_secure_aggregation(
+    run_study: Run, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    """A server that says there are more sites than take part is found out by the public keys."""
+    sites[2]["policy.min-peers"] = 5
+
+    def lie(messages: Any) -> Any:
+        for message in messages:
+            if "config" in message.content and "sites" in message.content["config"]:
+                message.content["config"]["sites"] = 10
+        return real(messages)
+
+    config = {
+        "federation.sites": 3,
+        "federation.min-sites": 2,
+        "federation.rounds": 1,
+        "privacy.secure-aggregation": True,
+        "federation.guard": False,
+        "federation.personal": False,
+    }
+    real: Any = None
+
+    def wrap(grid: Any) -> None:
+        nonlocal real
+        real = grid.push_messages
+        grid.push_messages = lie
+
+    def first(message: Message) -> Message:
+        if real is None:
+            wrap(run_study.grid)
+        return message
+
+    folder, _ = run_study(sites, config, reply=dict.fromkeys(sites, first))
+    site = history(folder)[1]["sites"]["bonn"]
+    assert (site["status"], site["reason"]) == ("refused", "policy-min-peers")
+    (told,) = (e for e in read(tmp_path / "bonn.jsonl") if e["message"] == "secagg_shares")
+    assert told["reason"] == "policy-min-peers"
+
+
+def test_broken_site_config_is_told_in_the_default_ledger(
+    run_study: Run, sites: dict[int, Any], home: Path
+) -> None:
+    del sites[2]["ledger"]
+    Path(sites[2]["data-dir"], "site.toml").write_text("policy.min-case = 3\n")
+    run_study(sites)
+    (line,) = read(home / "cache" / "ledger.jsonl")
+    assert (line["message"], line["reason"]) == ("hello", "site-config")
