@@ -101,7 +101,8 @@ def _encoding(updates: Floats, terms: Terms) -> Encoding:
 
 
 def _plain(updates: Floats, site: int, terms: Terms, rng: np.random.Generator) -> Floats:
-    return updates[site]
+    found: Floats = updates[site]
+    return found
 
 
 def _clipped(updates: Floats, site: int, terms: Terms, rng: np.random.Generator) -> Floats:
