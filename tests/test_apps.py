@@ -60,7 +60,7 @@ def test_a_study_leaves_its_run_folder(
     assert not (folder.path / "checkpoint" / "spool").exists()
     shown = capsys.readouterr().out
     assert str(folder.path) in shown
-    for word in ("liver", "tumor", "dice", "volume similarity", "aachen", "federated"):
+    for word in ("liver", "tumor", "Dice", "volume similarity", "aachen", "federated"):
         assert word in shown
 
 

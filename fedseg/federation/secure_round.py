@@ -146,7 +146,12 @@ def secure_personal(federation: Federation) -> dict[str, Any] | None:
         both; None where the sum failed.
     """
     number = federation.progress.round
-    _, sums = _scored(federation, number, "final", lambda: None)
+    account, sums = _scored(federation, number, "final", lambda: None)
+    federation.received += [
+        {"site": name, "kind": kind, "final": True, "reason": None, **receipt}
+        for name, receipts in account["received"].items()
+        for kind, receipt in receipts.items()
+    ]
     if not sums:
         return None
     own = {key: sums[PERSONAL + key] for key in empty_sums()}

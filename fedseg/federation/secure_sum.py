@@ -192,8 +192,9 @@ def _unmask(going: Summing, party: Party, total: RunningSum) -> None:
 
 def forget(going: Summing) -> None:
     """Tell sites that may still hold secrets that the sum is over; nobody waits for an answer."""
-    going.sites = going.open
-    messages = {name: _message(going, name, "query.secagg_forget") for name in going.open}
+    asked = replace(going, sites=going.open)
+    messages = {name: _message(asked, name, "query.secagg_forget") for name in going.open}
+    going.down = asked.down
     if messages:
         list(exchange(going.federation.grid, messages, deadline=0))
 
