@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from processes import CHECKOUT, SMALL, Workplace, free_port, wait_until
+from processes import CHECKOUT, SMALL, Process, Workplace, free_port, wait_until
 
 pytestmark = pytest.mark.slow
 
