@@ -38,8 +38,8 @@ def build() -> torch.nn.Module:
 def train(network: torch.nn.Module, site: int, round_number: int) -> float:
     """Train in place for `STEPS` steps; return the mean loss."""
     folder = Path(os.environ["OVERHEAD_PATCHES"])
-    images = np.load(folder / f"images-{site}.npy", mmap_mode="r")
-    labels = np.load(folder / f"labels-{site}.npy", mmap_mode="r")
+    images = np.load(folder / f"images-{site}.npy", mmap_mode="r", allow_pickle=False)
+    labels = np.load(folder / f"labels-{site}.npy", mmap_mode="r", allow_pickle=False)
     rng = np.random.default_rng([site, round_number])
     flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     bf16 = "avx512_bf16" in flags or "amx_bf16" in flags

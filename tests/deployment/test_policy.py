@@ -14,7 +14,7 @@ from fedseg.errors import Reason
 from fedseg.federation.audit import audit_run
 from fedseg.privacy.ledger import read
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 RULES = {
     "allow-custom-code = false": "policy-custom-code",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from processes import CHECKOUT, SMALL, Run, Workplace, free_port, wait_until
+from processes import CHECKOUT, SMALL, Process, Workplace, free_port, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -14,7 +14,7 @@ CONFIG = {
     **SMALL,
     "federation.rounds": 1,
     "federation.min-sites": 1,
-    "federation.connect-deadline": 60,
+    "federation.connect-deadline": 30,
     "federation.personal": False,
 }
 
@@ -29,11 +29,9 @@ def signed_by(workplace: Workplace, name: str, bundle: Path) -> str:
     return str(line)
 
 
-def run_signed(workplace: Workplace) -> Run:
-    return workplace.deploy(CONFIG, app="@fedseg/fedseg==0.1.0")
-
-
-def test_signed_bundle_runs_and_others_do_not(workplace: Workplace, phantoms: Path) -> None:
+@pytest.fixture(scope="module")
+def node(workplace: Workplace, phantoms: Path) -> Process:
+    """A node that trusts the signer of the bundle in the hub of its SuperLink."""
     root = workplace.root
     workplace.call("flwr", "build", "--app", CHECKOUT, cwd=root / "empty")
     (built,) = (root / "empty").glob("*.fab")
@@ -51,20 +49,28 @@ def test_signed_bundle_runs_and_others_do_not(workplace: Workplace, phantoms: Pa
         *("--insecure", "--trusted-entities", trusted),
     )
     workplace.wait_online(1)
+    return node
 
-    run = run_signed(workplace)
+
+def test_signed_bundle_runs(workplace: Workplace, node: Process) -> None:
+    run = workplace.deploy(CONFIG, app="@fedseg/fedseg==0.1.0")
     assert run.status == "finished:completed"
     assert run.history()[1]["sites"]["site-0"]["status"] == "ok"
 
-    unsigned = workplace.deploy(CONFIG)
-    assert unsigned.status == "finished:failed"
-    assert unsigned.folder is None
-    assert "its node runs only a bundle signed by someone it trusts" in unsigned.output
+
+def test_unsigned_bundle_is_refused(workplace: Workplace, node: Process) -> None:
+    run = workplace.deploy(CONFIG)
+    assert run.status == "finished:failed"
+    assert run.folder is None
+    assert "its node runs only a bundle signed by someone it trusts" in run.output
     assert "App verification is not supported" in node.text()
 
-    (root / "study.fab.signatures.json").unlink()
+
+def test_bundle_signed_by_a_stranger_is_refused(workplace: Workplace, node: Process) -> None:
+    bundle = workplace.root / "study.fab"
+    (workplace.root / "study.fab.signatures.json").unlink()
     signed_by(workplace, "stranger", bundle)
-    other = run_signed(workplace)
-    assert other.status == "finished:failed"
-    assert other.folder is None
+    run = workplace.deploy(CONFIG, app="@fedseg/fedseg==0.1.0")
+    assert run.status == "finished:failed"
+    assert run.folder is None
     assert "could not verify the FAB" in node.text()
