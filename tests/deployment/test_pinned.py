@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from processes import SMALL, Workplace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SITES = ("site-0", "site-1", "site-2")
 INVENTED = "site-3"
