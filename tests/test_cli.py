@@ -420,3 +420,29 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert loud.returncode == 1
     assert "Traceback" in loud.stderr
     assert loud.stderr.rstrip().splitlines()[-1].startswith("fedseg.errors.DataError: ")
+
+
+@pytest.mark.usefixtures("small_phantoms")
+def test_leak_writes_numbers_words_and_a_picture(run: Run, tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "leak"
+    short = ("--rounds", 1, "--steps", 1, "--iterations", 1, "--cases", 4, "--model", model)
+    code, text, err = run("leak", "-o", out, *short)
+    assert code == 0, err
+    assert "LOWER bound" in text
+    assert (out / "leak.txt").read_text() in text
+    found = json.loads((out / "leak.json").read_text())
+    assert found["settings"].keys() >= {"none", "clipping", "local-dp", "central-dp"}
+    assert (out / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
+    code, text, _ = run("leak", "-o", out, *short, "--json")
+    assert (code, json.loads(text)) == (0, found)
+
+
+def test_leak_errors_are_one_line(run: Run, tmp_path: Path, site: Path) -> None:
+    code, _, err = run("leak", "-o", tmp_path / "out", "--data", site)
+    assert code == 2
+    one_line(err, "got 2 usable cases for 3 sites; expected at least 4 a site")
+    code, _, err = run("leak", "-o", tmp_path / "out", "--model", "unett")
+    assert code == 2
+    one_line(err, "unett: no such file")
+    assert run("leak")[0] == 2
+    assert not (tmp_path / "out").exists()

@@ -128,7 +128,8 @@ def invert(
 
 def _direction(vector: torch.Tensor) -> torch.Tensor:
     length = torch.linalg.vector_norm(vector)
-    return vector / length.clamp_min(torch.finfo(vector.dtype).tiny)
+    direction: torch.Tensor = vector / length.clamp_min(torch.finfo(vector.dtype).tiny)
+    return direction
 
 
 def _total_variation(images: torch.Tensor) -> torch.Tensor:

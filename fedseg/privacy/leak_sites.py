@@ -75,6 +75,9 @@ def open_sites(study: StudyConfig, *, sites: int, cases: int) -> list[Site]:
         SiteError: The folder can't be used.
         DataError: A site has too few cases.
     """
+    if study.data.source == "folder":
+        whole = open_site({"partition-id": 0, "num-partitions": 1}, study)
+        _check_count([len(whole.cases) // sites] * sites, len(whole.cases))
     found = []
     for index in range(sites):
         node: dict[str, str | int] = {"partition-id": index, "num-partitions": sites}
@@ -84,7 +87,6 @@ def open_sites(study: StudyConfig, *, sites: int, cases: int) -> list[Site]:
             seeds = phantom_seeds(study.data.seed, _FIRST + index, cases)
             node = {"data-dir": str(phantom_folder("leak", [(kind, seeds)]))}
         found.append(open_site(node, study))
-    _check_count([len(site.cases) for site in found])
     return found
 
 
@@ -96,16 +98,17 @@ def cohorts_of(sites: Sequence[Site], plan: Plan, *, seed: int) -> list[Cohort]:
         DataError: A site has too few usable cases.
     """
     found = [load_cases(site, plan, validation_fraction=0.5, seed=seed) for site in sites]
-    _check_count([len(cases.training) + len(cases.validation) for cases in found])
+    counts = [len(cases.training) + len(cases.validation) for cases in found]
+    _check_count(counts, sum(counts))
     return [
         Cohort(members=cases.training, others=cases.validation, annotated=site.config.labels)
         for site, cases in zip(sites, found, strict=True)
     ]
 
 
-def _check_count(counts: Sequence[int]) -> None:
+def _check_count(counts: Sequence[int], total: int) -> None:
     if min(counts) < LEAST_CASES:
         raise DataError(
-            f"leak: got {sum(counts)} usable cases for {len(counts)} sites; expected at least "
+            f"leak: got {total} usable cases for {len(counts)} sites; expected at least "
             f"{LEAST_CASES} a site; give more cases or fewer sites"
         )

@@ -101,7 +101,8 @@ def _encoding(updates: Floats, terms: Terms) -> Encoding:
 
 
 def _plain(updates: Floats, site: int, terms: Terms, rng: np.random.Generator) -> Floats:
-    return updates[site]
+    one: Floats = updates[site]
+    return one
 
 
 def _clipped(updates: Floats, site: int, terms: Terms, rng: np.random.Generator) -> Floats:
@@ -114,7 +115,8 @@ def _local_dp(updates: Floats, site: int, terms: Terms, rng: np.random.Generator
 
 def _central_dp(updates: Floats, site: int, terms: Terms, rng: np.random.Generator) -> Floats:
     total = noised_sum(updates, terms.clip, terms.noise_multiplier, rng)
-    return total / np.float32(len(updates))
+    total /= np.float32(len(updates))
+    return total
 
 
 def _one_masked(updates: Floats, site: int, terms: Terms, rng: np.random.Generator) -> Floats:
@@ -131,7 +133,8 @@ def _secure_mean(updates: Floats, site: int, terms: Terms, rng: np.random.Genera
     total = np.zeros(updates.shape[1], np.uint32)
     for update in updates:
         total += _words(update, encoding, rng)
-    return decode_values(total, float(len(updates)), encoding)
+    mean: Floats = decode_values(total, float(len(updates)), encoding)
+    return mean
 
 
 SETTINGS: Mapping[str, Setting] = {
