@@ -41,7 +41,7 @@ def check_run_folder(run: Run, sites: list[str], *, rounds: int) -> None:
     for name in MODELS:
         load_model(folder / name)
     table, _, after = run.output.partition(f"Round {rounds}: mean over cases")[2].partition("└")
-    assert all(word in table for word in ("liver", "tumor", "dice", "federated", *sites))
+    assert all(word in table for word in ("liver", "tumor", "Dice", "federated", *sites))
     assert f"Run folder: {folder.parent}" in after
     assert folder.name in after
 
