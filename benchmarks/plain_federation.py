@@ -14,7 +14,7 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase, cached_case
-from fedseg.data.patches import batches
+from fedseg.data.patches import planned_batches
 from fedseg.data.phantom import PhantomKind, phantom_seeds, write_phantom_site
 from fedseg.data.plan import REGIONS, Plan
 from fedseg.data.planning import make_plan
@@ -90,13 +90,11 @@ class Site:
         losses: list[float] = []
         if self.study.train.optimizer_state == "reset":
             self.optimizer = make_optimizer(self.network, self.study.train)
-        drawn = batches(
+        drawn = planned_batches(
             self.cases,
+            self.plan,
+            self.study.train,
             steps=steps,
-            batch_size=self.plan.batch_size,
-            patch_size=self.plan.patch_size,
-            foreground=self.study.train.foreground,
-            augmentation=self.study.train.augmentation,
             rng=np.random.default_rng([self.study.train.seed, number, *self.name.encode()]),
         )
         fit(

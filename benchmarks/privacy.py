@@ -12,13 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import torch  # noqa: E402
-from flwr.app import Context, RecordDict  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
-from harness import processor, write_result  # noqa: E402
+import torch
+from flwr.app import Context, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from harness import ROOT, processor, write_result
 
 BASE = {
     "model.width": 8,
@@ -56,6 +53,7 @@ RUNS: dict[str, dict[str, object]] = {
 
 def one_run(config: dict[str, object], scratch: Path, *, sites: int) -> dict:
     """Run a study and return the last line of its history and its expected cosine."""
+    sys.path.insert(0, str(ROOT / "tests"))
     from local_grid import LocalGrid
 
     from fedseg import client_app, server_app

@@ -32,7 +32,8 @@ from fedseg import server_app
 from fedseg.config import StudyConfig
 from fedseg.data.planning import make_plan
 from fedseg.federation.compression import Scheme, encode, scheme_of
-from fedseg.messages import ARRAYS, TRAIN_METRICS, Greeting, answer_message, greeting_message
+from fedseg.greeting import Greeting, greeting_message
+from fedseg.messages import ARRAYS, TRAIN_METRICS, answer_message
 from fedseg.segmentation.metrics import empty_sums
 from fedseg.segmentation.models import build_model, parameter_count
 

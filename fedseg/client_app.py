@@ -33,7 +33,8 @@ from fedseg.federation.site_round import (
     train_at_site,
 )
 from fedseg.federation.site_spending import charge, check_spending
-from fedseg.messages import ARRAYS, BUFFERS, Greeting, Task, answer_message, greeting_message
+from fedseg.greeting import Greeting, greeting_message
+from fedseg.messages import ARRAYS, BUFFERS, Task, answer_message
 from fedseg.privacy.policy import enough_cases
 from fedseg.report.at_end import report_site
 from fedseg.segmentation.evaluation import score_cases

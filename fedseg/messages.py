@@ -22,7 +22,6 @@ from fedseg.config import StudyConfig
 from fedseg.errors import ConfigError, Reason
 from fedseg.peers import Peers
 from fedseg.receipts import Receipt, receipt_of
-from fedseg.site_config import valid_site_name
 
 __all__ = [
     "ARRAYS",
@@ -32,21 +31,19 @@ __all__ = [
     "PERSONAL",
     "TRAIN_METRICS",
     "Answer",
-    "Greeting",
     "Task",
     "answer_message",
-    "greeting_message",
+    "flower_error",
     "protocol_data",
     "protocol_record",
     "query_content",
     "read_answer",
-    "read_greeting",
     "stored_study",
     "study_text",
 ]
 
 ARRAYS, BUFFERS, CONFIG = "arrays", "buffers", "config"
-UPDATE, METRICS, STATUS, SITE = "update", "metrics", "status", "site"
+UPDATE, METRICS, STATUS = "update", "metrics", "status"
 FINGERPRINT, SECAGG = "fingerprint", "secagg"
 
 TRAIN_METRICS = (
@@ -131,25 +128,6 @@ class Task:
             peers=Peers.from_record(record),
             proximal_mu=float(mu),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Greeting:
-    """A site's answer to `query.hello`.
-
-    Attributes:
-        name: Its own name for itself, `""` if it has none.
-        simulated: Whether it is simulated.
-        sites: Number of simulated sites.
-        reason: Why it can't take part, None if it can.
-        receipt: What came, at the server.
-    """
-
-    name: str = ""
-    simulated: bool = False
-    sites: int = 0
-    reason: Reason | None = None
-    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +217,7 @@ def read_answer(message: Message, *, declared: Collection[str]) -> Answer:
         declared: Keys the numbers may have.
     """
     if message.has_error():
-        reason, detail = _flower_error(message)
+        reason, detail = flower_error(message)
         return Answer(status="failed", reason=reason, detail=detail)
     return replace(_read_content(message, declared), receipt=receipt_of(message))
 
@@ -282,7 +260,7 @@ def _numbers(record: MetricRecord, declared: Collection[str]) -> dict[str, float
     return metrics
 
 
-def _flower_error(message: Message) -> tuple[Reason, str]:
+def flower_error(message: Message) -> tuple[Reason, str]:
     """Translate Flower's error reply; its text holds tracebacks with paths and is not passed on."""
     text = message.error.reason or ""
     missing = re.search(r"No module named '([A-Za-z_][\w.]{0,63})'", text)
@@ -298,31 +276,3 @@ _FLOWER_ERRORS = {
     ErrorCode.INVALID_FAB: Reason.UNSIGNED,
     ErrorCode.CLIENT_APP_CRASHED: Reason.CRASHED,
 }
-
-
-def greeting_message(to: Message, greeting: Greeting) -> Message:
-    """Pack a site's answer to hello."""
-    record = ConfigRecord(
-        {
-            "name": greeting.name,
-            "simulated": greeting.simulated,
-            "sites": greeting.sites,
-            "reason": greeting.reason.value if greeting.reason else "",
-        }
-    )
-    return Message(RecordDict({SITE: record}), reply_to=to)
-
-
-def read_greeting(message: Message) -> Greeting:
-    """Unpack a site's answer to hello; a name that isn't `[a-z0-9-]{1,32}` counts as none."""
-    if message.has_error():
-        return Greeting(reason=_flower_error(message)[0])
-    record = message.content.config_records.get(SITE, ConfigRecord())
-    name, sites, code = record.get("name"), record.get("sites"), record.get("reason")
-    return Greeting(
-        name=name if isinstance(name, str) and valid_site_name(name) else "",
-        simulated=record.get("simulated") is True,
-        sites=sites if isinstance(sites, int) and 0 <= sites < 10**6 else 0,
-        reason=Reason(code) if code in list(Reason) else None,
-        receipt=receipt_of(message),
-    )

@@ -110,7 +110,8 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
     _log_plan(federation.plan)
     sites = {s.name: {"verified": s.verified, "simulated": s.simulated} for s in federation.sites}
     folder.update_manifest(status="running", error=None, sites=sites)
-    folder.add_received([e for s in federation.sites for e in outside_rounds(s.name, s.receipt)])
+    greeted = {s.name: s.receipt.entry() for s in federation.sites if s.receipt}
+    folder.add_received([e for name, entry in greeted.items() for e in outside_rounds(name, entry)])
     folder.add_flower_run(context.run_id)
     try:
         with tracking(folder.path, federation.study) as federation.tell:

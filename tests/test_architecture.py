@@ -22,6 +22,7 @@ LAYERS = (
     ("site_config",),
     ("arrays", "peers", "receipts"),
     ("messages",),
+    ("greeting",),
     ("data",),
     ("segmentation",),
     ("privacy",),

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from fedseg import __version__, cli
+from fedseg import __version__
 from fedseg.commands.predict import progress_bar
 from fedseg.config import StudyConfig
 from fedseg.data import phantom
@@ -26,20 +26,6 @@ from fedseg.segmentation.models import build_model
 from fedseg.segmentation.postprocess import clean_labels
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call `fedseg` and return exit code, output and errors."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedseg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return call
 
 
 @pytest.fixture
@@ -65,8 +51,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def site(run: Run, tmp_path: Path, small_phantoms: None) -> Path:
-    code, _, err = run("phantom", tmp_path / "sites", "--sites", 1, "--cases", 2)
+def site(fedseg: Run, tmp_path: Path, small_phantoms: None) -> Path:
+    code, _, err = fedseg("phantom", tmp_path / "sites", "--sites", 1, "--cases", 2)
     assert code == 0, err
     return tmp_path / "sites" / "site-0"
 
@@ -78,29 +64,29 @@ def one_line(err: str, *words: str) -> None:
         assert word in err
 
 
-def test_version_and_help(run: Run) -> None:
-    assert run("--version") == (0, f"fedseg {__version__}\n", "")
-    code, out, _ = run("--help")
+def test_version_and_help(fedseg: Run) -> None:
+    assert fedseg("--version") == (0, f"fedseg {__version__}\n", "")
+    code, out, _ = fedseg("--help")
     assert code == 0
     for command in ("phantom", "check", "predict", "evaluate"):
         assert command in out
-        assert run(command, "--help")[0] == 0
+        assert fedseg(command, "--help")[0] == 0
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["pre-dict"], ["check"], ["check", ".", "--jsonn"], ["phantom", "x", "--sites", "0"]],
 )
-def test_usage_errors_exit_with_2(run: Run, arguments: list[str]) -> None:
-    code, out, err = run(*arguments)
+def test_usage_errors_exit_with_2(fedseg: Run, arguments: list[str]) -> None:
+    code, out, err = fedseg(*arguments)
     assert (code, out) == (2, "")
     assert "Traceback" not in err
 
 
 @pytest.mark.usefixtures("small_phantoms")
-def test_phantom_writes_sites_that_check_finds_clean(run: Run, tmp_path: Path) -> None:
+def test_phantom_writes_sites_that_check_finds_clean(fedseg: Run, tmp_path: Path) -> None:
     out = tmp_path / "sites"
-    code, text, _ = run("phantom", out, "--sites", 3, "--cases", 2, "--kinds", "portal, native")
+    code, text, _ = fedseg("phantom", out, "--sites", 3, "--cases", 2, "--kinds", "portal, native")
     assert code == 0
     assert text.splitlines() == [
         f"{out}/site-0: 2 cases of kind portal",
@@ -108,7 +94,7 @@ def test_phantom_writes_sites_that_check_finds_clean(run: Run, tmp_path: Path) -
         f"{out}/site-2: 2 cases of kind portal",
     ]
     for index in range(3):
-        assert run("check", out / f"site-{index}")[:2] == (
+        assert fedseg("check", out / f"site-{index}")[:2] == (
             0,
             "2 of 2 cases usable (2 with liver, 2 with tumor)\n",
         )
@@ -116,22 +102,22 @@ def test_phantom_writes_sites_that_check_finds_clean(run: Run, tmp_path: Path) -
     assert not any(np.array_equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
 
-def test_phantom_errors(run: Run, tmp_path: Path) -> None:
-    code, _, err = run("phantom", tmp_path / "x", "--kinds", "venous")
+def test_phantom_errors(fedseg: Run, tmp_path: Path) -> None:
+    code, _, err = fedseg("phantom", tmp_path / "x", "--kinds", "venous")
     assert code == 2
     one_line(err, "--kinds: got 'venous'; expected some of portal, arterial")
     (tmp_path / "file").touch()
-    code, _, err = run("phantom", tmp_path / "file")
+    code, _, err = fedseg("phantom", tmp_path / "file")
     assert code == 2
     one_line(err, f"{tmp_path / 'file'}: can't be written", "give another folder")
 
 
 def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
-    run: Run, tmp_path: Path, site: Path, model: Path
+    fedseg: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
     out = tmp_path / "masks"
     arguments = ("predict", "--model", model, site / "images", "-o", out)
-    code, text, err = run(*arguments)
+    code, text, err = fedseg(*arguments)
     assert (code, err) == (0, "")
     masks = sorted(out.glob("*.nii.gz"))
     scans = sorted((site / "images").iterdir())
@@ -147,31 +133,31 @@ def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
         assert line.startswith(f"{mask}: liver {liver:.0f} mL, tumor ")
 
     before = [mask.stat().st_mtime_ns for mask in masks]
-    code, again, err = run(*arguments)
+    code, again, err = fedseg(*arguments)
     assert (code, err) == (0, "")
     kept = "kept (--overwrite replaces it), "
     assert [line.replace(kept, "") for line in again.splitlines()] == text.splitlines()
     assert again.count(kept) == len(masks)
     assert [mask.stat().st_mtime_ns for mask in masks] == before
     masks[0].write_bytes(b"precious")
-    code, _, err = run(*arguments)
+    code, _, err = fedseg(*arguments)
     assert code == 1
     assert (
         err
         == f"skipped: {masks[0]}: exists, and isn't on the grid of {scans[0]}; say --overwrite\n"
     )
     assert masks[0].read_bytes() == b"precious"
-    assert run(*arguments, "--overwrite")[0] == 0
+    assert fedseg(*arguments, "--overwrite")[0] == 0
     assert nib.load(masks[0]).shape == nib.load(scans[0]).shape
     assert not list(out.glob("*.png"))
 
 
 def test_predict_prints_one_json_line_a_scan(
-    run: Run, tmp_path: Path, site: Path, model: Path
+    fedseg: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
     first, second = sorted((site / "images").iterdir())
     arguments = ("predict", "--model", model, first, second, "-o", tmp_path / "out", "--json")
-    code, text, err = run(*arguments)
+    code, text, err = fedseg(*arguments)
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in text.splitlines()]
     with (tmp_path / "out" / "volumes.csv").open(newline="") as file:
@@ -184,7 +170,7 @@ def test_predict_prints_one_json_line_a_scan(
             assert line[key] == pytest.approx(float(row[key]), abs=0.06)
     second.write_bytes(b"broken")
     (tmp_path / "out" / second.name).unlink()
-    code, text, err = run(*arguments)
+    code, text, err = fedseg(*arguments)
     assert (code, err) == (1, "")
     kept, bad = (json.loads(line) for line in text.splitlines())
     assert (kept["status"], kept["seconds"], kept["lesions"]) == ("kept", None, lines[0]["lesions"])
@@ -192,7 +178,9 @@ def test_predict_prints_one_json_line_a_scan(
     assert "not a NIfTI file" in bad["problem"]
 
 
-def test_predict_draws_flips_and_cleans(run: Run, tmp_path: Path, site: Path, model: Path) -> None:
+def test_predict_draws_flips_and_cleans(
+    fedseg: Run, tmp_path: Path, site: Path, model: Path
+) -> None:
     scan = min((site / "images").iterdir())
     masks = {}
     for name, options in {
@@ -202,7 +190,7 @@ def test_predict_draws_flips_and_cleans(run: Run, tmp_path: Path, site: Path, mo
         "flips": ["--no-largest-liver", "--flips", "xz"],
     }.items():
         out = tmp_path / name
-        assert run("predict", "--model", model, scan, "-o", out, *options)[0] == 0
+        assert fedseg("predict", "--model", model, scan, "-o", out, *options)[0] == 0
         masks[name] = np.asanyarray(nib.load(out / scan.name).dataobj)
     plain = masks["plain"]
     for name, tumor in (("default", False), ("inside", True)):
@@ -214,7 +202,7 @@ def test_predict_draws_flips_and_cleans(run: Run, tmp_path: Path, site: Path, mo
 
 
 def test_predict_says_in_one_line_that_the_disk_is_full(
-    run: Run, tmp_path: Path, site: Path, model: Path
+    fedseg: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
     """A file may have so many bytes and no more: what a full disk is to a program."""
     resource = pytest.importorskip("resource")
@@ -222,7 +210,7 @@ def test_predict_says_in_one_line_that_the_disk_is_full(
     out = tmp_path / "out"
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        code, text, err = run("predict", "--model", model, site / "images", "-o", out)
+        code, text, err = fedseg("predict", "--model", model, site / "images", "-o", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (code, text) == (2, "")
@@ -256,21 +244,21 @@ def test_predict_shows_time_left_on_a_terminal_alone(
     assert capsys.readouterr().out == "a line\n"
 
 
-def test_predict_never_replaces_its_input(run: Run, site: Path, model: Path) -> None:
+def test_predict_never_replaces_its_input(fedseg: Run, site: Path, model: Path) -> None:
     scans = {path: path.read_bytes() for path in (site / "images").iterdir()}
     images = site / "images"
-    code, _, err = run("predict", "--model", model, images, "-o", images, "--overwrite")
+    code, _, err = fedseg("predict", "--model", model, images, "-o", images, "--overwrite")
     assert code == 2
     one_line(err, "a mask would replace this scan; give another folder with -o")
     assert {path: path.read_bytes() for path in images.iterdir()} == scans
 
 
 def test_predict_goes_on_after_a_bad_scan(
-    run: Run, tmp_path: Path, site: Path, model: Path
+    fedseg: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
     first, second = sorted((site / "images").iterdir())
     first.write_bytes(gzip.decompress(second.read_bytes())[:500])
-    code, out, err = run("predict", "--model", model, first, second, "-o", tmp_path / "out")
+    code, out, err = fedseg("predict", "--model", model, first, second, "-o", tmp_path / "out")
     assert code == 1
     assert out.startswith(f"{tmp_path / 'out' / second.name}: liver")
     assert err.startswith(f"skipped: {first}: not a NIfTI file")
@@ -290,24 +278,24 @@ def test_predict_goes_on_after_a_bad_scan(
     ],
 )
 def test_predict_errors_are_one_line(
-    run: Run, tmp_path: Path, site: Path, model: Path, change: dict[str, str], words: str
+    fedseg: Run, tmp_path: Path, site: Path, model: Path, change: dict[str, str], words: str
 ) -> None:
     given: dict[str, Any] = {"model": model, "scan": site / "images", "out": tmp_path / "out"}
     given |= {k: tmp_path / v if k in given else v for k, v in change.items()}
     extra = [f"--{k}={given[k]}" for k in ("device", "modality", "flips") if k in given]
-    code, out, err = run(
+    code, out, err = fedseg(
         "predict", "--model", given["model"], given["scan"], "-o", given["out"], *extra
     )
     assert (code, out) == (2, "")
     one_line(err, words)
 
 
-def test_evaluate_as_table_and_as_json(run: Run, site: Path, model: Path) -> None:
-    code, table, err = run("evaluate", "--model", model, site)
+def test_evaluate_as_table_and_as_json(fedseg: Run, site: Path, model: Path) -> None:
+    code, table, err = fedseg("evaluate", "--model", model, site)
     assert (code, err) == (0, "")
     assert "per case" in table and "pooled" in table
     assert "volume similarity" in table
-    code, text, _ = run("evaluate", "--model", model, site, "--json")
+    code, text, _ = fedseg("evaluate", "--model", model, site, "--json")
     assert code == 0
     result = json.loads(text)
     assert result["skipped"] == []
@@ -320,13 +308,13 @@ def test_evaluate_as_table_and_as_json(run: Run, site: Path, model: Path) -> Non
 
 @pytest.mark.parametrize("flags", [[], ["--no-largest-liver"], ["--tumor-in-liver"]])
 def test_evaluate_agrees_with_predicted_masks(
-    run: Run, tmp_path: Path, site: Path, model: Path, flags: list[str]
+    fedseg: Run, tmp_path: Path, site: Path, model: Path, flags: list[str]
 ) -> None:
-    result = json.loads(run("evaluate", "--model", model, site, "--json", *flags)[1])
+    result = json.loads(fedseg("evaluate", "--model", model, site, "--json", *flags)[1])
     largest, inside = "--no-largest-liver" not in flags, "--tumor-in-liver" in flags
     assert result["cleaning"] == {"largest_liver": largest, "tumor_in_liver": inside}
-    run("predict", "--model", model, site / "images", "-o", tmp_path / "out", *flags)
-    code, text, _ = run("evaluate", "--predictions", tmp_path / "out", site, "--json")
+    fedseg("predict", "--model", model, site / "images", "-o", tmp_path / "out", *flags)
+    code, text, _ = fedseg("evaluate", "--predictions", tmp_path / "out", site, "--json")
     assert code == 0
     assert json.loads(text) == {**result, "cleaning": None}
     for name, scores in result["cases"].items():
@@ -339,9 +327,9 @@ def test_evaluate_agrees_with_predicted_masks(
 
 
 def test_evaluate_writes_a_table_of_cases_and_one_of_lesions(
-    run: Run, tmp_path: Path, site: Path
+    fedseg: Run, tmp_path: Path, site: Path
 ) -> None:
-    code, text, err = run(
+    code, text, err = fedseg(
         "evaluate", "--predictions", site / "masks", site, "--cases", tmp_path / "cases.csv"
     )
     assert (code, err) == (0, "")
@@ -362,13 +350,13 @@ def test_evaluate_writes_a_table_of_cases_and_one_of_lesions(
 
 
 def test_evaluate_compares_two_models_or_folders_case_by_case(
-    run: Run, tmp_path: Path, site: Path, model: Path
+    fedseg: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
     both = ("evaluate", "--predictions", site / "masks", "--against", model, site)
-    code, text, err = run(*both)
+    code, text, err = fedseg(*both)
     assert (code, err) == (0, "")
     assert "p (Wilcoxon)" in text
-    found = json.loads(run(*both, "--json")[1])
+    found = json.loads(fedseg(*both, "--json")[1])
     liver = found["against"]["differences"]["liver.dice"]
     other = found["against"]["all"]["liver.dice"]
     assert (liver["pairs"], liver["one"]) == (2, 1.0)
@@ -378,7 +366,7 @@ def test_evaluate_compares_two_models_or_folders_case_by_case(
 
 
 def test_evaluate_needs_exactly_one_of_model_and_predictions(
-    run: Run, site: Path, model: Path
+    fedseg: Run, site: Path, model: Path
 ) -> None:
     for given, words in (
         ([], "--model, --predictions: got neither; expected exactly one of them"),
@@ -388,23 +376,23 @@ def test_evaluate_needs_exactly_one_of_model_and_predictions(
             "none: no such folder; give the folder of the predicted",
         ),
     ):
-        code, out, err = run("evaluate", site, *given)
+        code, out, err = fedseg("evaluate", site, *given)
         assert (code, out) == (2, "")
         one_line(err, words)
 
 
-def test_evaluate_skips_bad_cases_and_says_so(run: Run, site: Path, model: Path) -> None:
+def test_evaluate_skips_bad_cases_and_says_so(fedseg: Run, site: Path, model: Path) -> None:
     mask = min((site / "masks").iterdir())
     mask.write_bytes(b"broken")
-    code, out, err = run("evaluate", "--model", model, site)
+    code, out, err = fedseg("evaluate", "--model", model, site)
     assert code == 1
     assert "per case" in out
     assert err.startswith(f"skipped: {mask}: not a NIfTI file")
     max((site / "masks").iterdir()).write_bytes(b"broken")
-    code, out, err = run("evaluate", "--model", model, site, "--json")
+    code, out, err = fedseg("evaluate", "--model", model, site, "--json")
     assert (code, out) == (2, "")
     one_line(err, "no usable case; run `fedseg check` on it")
-    code, _, err = run("evaluate", "--model", model, site / "nowhere")
+    code, _, err = fedseg("evaluate", "--model", model, site / "nowhere")
     assert code == 2
     one_line(err, "no such folder; correct the path")
 
@@ -424,26 +412,26 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_phantoms")
-def test_leak_writes_numbers_words_and_a_picture(run: Run, tmp_path: Path, model: Path) -> None:
+def test_leak_writes_numbers_words_and_a_picture(fedseg: Run, tmp_path: Path, model: Path) -> None:
     out = tmp_path / "leak"
     short = ("--rounds", 1, "--steps", 1, "--iterations", 1, "--cases", 4, "--model", model)
-    code, text, err = run("leak", "-o", out, *short)
+    code, text, err = fedseg("leak", "-o", out, *short)
     assert code == 0, err
     assert "LOWER bound" in text
     assert (out / "leak.txt").read_text() in text
     found = json.loads((out / "leak.json").read_text())
     assert found["settings"].keys() >= {"none", "clipping", "local-dp", "central-dp"}
     assert (out / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
-    code, text, _ = run("leak", "-o", out, *short, "--json")
+    code, text, _ = fedseg("leak", "-o", out, *short, "--json")
     assert (code, json.loads(text)) == (0, found)
 
 
-def test_leak_errors_are_one_line(run: Run, tmp_path: Path, site: Path) -> None:
-    code, _, err = run("leak", "-o", tmp_path / "out", "--data", site)
+def test_leak_errors_are_one_line(fedseg: Run, tmp_path: Path, site: Path) -> None:
+    code, _, err = fedseg("leak", "-o", tmp_path / "out", "--data", site)
     assert code == 2
     one_line(err, "got 2 usable cases for 3 sites; expected at least 4 a site")
-    code, _, err = run("leak", "-o", tmp_path / "out", "--model", "unett")
+    code, _, err = fedseg("leak", "-o", tmp_path / "out", "--model", "unett")
     assert code == 2
     one_line(err, "unett: no such file")
-    assert run("leak")[0] == 2
+    assert fedseg("leak")[0] == 2
     assert not (tmp_path / "out").exists()

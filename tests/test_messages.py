@@ -9,12 +9,12 @@ from flwr.common.constant import ErrorCode
 
 from fedseg.arrays import arrays_to_state, state_to_arrays
 from fedseg.errors import ConfigError, Reason
+from fedseg.greeting import read_greeting
 from fedseg.messages import (
     TRAIN_METRICS,
     Task,
     answer_message,
     read_answer,
-    read_greeting,
 )
 
 LIKE = {"w": torch.zeros(3, 2), "b": torch.zeros(()), "n": torch.zeros(4, dtype=torch.int64)}

@@ -1,13 +1,11 @@
 """`fedseg privacy plan` reads what `flwr run` would, and says no to what is absurd."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fedseg import cli
 from fedseg.privacy.accountant import Mechanism, epsilon_of
 
 ROOT = Path(__file__).parents[1]
@@ -19,16 +17,11 @@ Plan = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+def plan(fedseg: Plan) -> Plan:
     """Call it on this checkout and return exit code, output and errors."""
 
     def call(*arguments: str, config: str = ON) -> tuple[int, str, str]:
-        words = ["fedseg", "privacy", "plan", str(ROOT), "-c", config, *arguments]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
+        return fedseg("privacy", "plan", ROOT, "-c", config, *arguments)
 
     return call
 

@@ -48,13 +48,15 @@ def _chains(ledgers: list[Path], as_json: bool) -> bool:
         else:
             lines = {"lines": len(chain.entries), "head": chain.head, "torn_bytes": chain.torn}
             found.append({"ledger": str(path), "error": None, **lines})
-    if as_json:
-        print(json.dumps(found, indent=2))
-    for one in () if as_json else found:
-        torn = f"; {one['torn_bytes']} bytes of a torn line behind" if one.get("torn_bytes") else ""
-        whole = f"{one['ledger']}: {one.get('lines')} lines hold together, head {one.get('head')}"
-        print(f"error: {one['error']}" if one["error"] else whole + torn)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(map(_chain_line, found)))
     return all(one["error"] is None for one in found)
+
+
+def _chain_line(one: dict[str, Any]) -> str:
+    if one["error"]:
+        return f"error: {one['error']}"
+    torn = f"; {one['torn_bytes']} bytes of a torn line behind" if one["torn_bytes"] else ""
+    return f"{one['ledger']}: {one['lines']} lines hold together, head {one['head']}{torn}"
 
 
 def _run(run: str, ledgers: list[Path], as_json: bool) -> bool:

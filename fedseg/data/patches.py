@@ -7,9 +7,10 @@ import torch
 
 from fedseg.data.augmentation import AIR, RECIPES, Recipe, apply_change, draw_change, source_size
 from fedseg.data.cache import CachedCase
-from fedseg.data.plan import REGIONS
+from fedseg.data.plan import REGIONS, Plan
+from fedseg.sections import TrainConfig
 
-__all__ = ["batches", "cut", "draw_centre", "draw_sample", "patch_start"]
+__all__ = ["batches", "cut", "draw_centre", "draw_sample", "patch_start", "planned_batches"]
 
 
 def draw_centre(
@@ -137,3 +138,26 @@ def batches(
             images.append(image)
             labels.append(label)
         yield torch.stack(images)[:, None], torch.stack(labels).long()
+
+
+def planned_batches(
+    cases: Sequence[CachedCase],
+    plan: Plan,
+    config: TrainConfig,
+    *,
+    steps: int,
+    rng: np.random.Generator,
+    device: torch.device | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches as a study trains with them; see `batches`."""
+    return batches(
+        cases,
+        steps=steps,
+        batch_size=plan.batch_size,
+        patch_size=plan.patch_size,
+        foreground=config.foreground,
+        augmentation=config.augmentation,
+        rng=rng,
+        spacing=plan.spacing,
+        device=device,
+    )

@@ -26,17 +26,15 @@ from fedseg.errors import (
     Reason,
     SiteError,
 )
+from fedseg.greeting import SITE, Greeting, greeting_message
 from fedseg.logs import show_logs
 from fedseg.messages import (
     CONFIG,
     FINGERPRINT,
     METRICS,
-    SITE,
     STATUS,
     UPDATE,
-    Greeting,
     answer_message,
-    greeting_message,
     protocol_data,
     stored_study,
 )
@@ -83,9 +81,8 @@ Work = Callable[[Message, Context, StudyConfig], Message | Reply]
 
 @dataclass(frozen=True, kw_only=True)
 class _Owner:
-    """Whose answer it is: its name and config, and the study it answers to."""
+    """Whose answer it is: its name and config."""
 
-    study: StudyConfig | None
     name: str
     config: SiteConfig
 
@@ -100,7 +97,8 @@ def answered(work: Work) -> Callable[[Message, Context], Message]:
         known = study if isinstance(study, StudyConfig) else None
         owner = _attempt(lambda: _owner(context, known))
         if isinstance(owner, Reason):  # the default ledger is all that is left
-            return _leave(message, context, _unknown(), Reply(message=_no(message, context, owner)))
+            unknown = _Owner(name="", config=SiteConfig())
+            return _leave(message, context, unknown, Reply(message=_no(message, context, owner)))
         if isinstance(study, Reason):
             return _leave(message, context, owner, Reply(message=_no(message, context, study)))
         found = _attempt(lambda: _judged(work, message, context, owner, study))
@@ -150,11 +148,7 @@ def _owner(context: Context, study: StudyConfig | None) -> _Owner:
         name, config = own_config(context.node_config, study)
     except ConfigError as error:
         raise SiteError(Reason.SITE_CONFIG, str(error)) from None
-    return _Owner(study=study, name=name, config=config)
-
-
-def _unknown() -> _Owner:
-    return _Owner(study=None, name="", config=SiteConfig())
+    return _Owner(name=name, config=config)
 
 
 def _asked(message: Message) -> Mapping[str, Any]:

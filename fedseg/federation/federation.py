@@ -13,14 +13,12 @@ from torch import nn
 from fedseg.arrays import state_to_arrays
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
-from fedseg.errors import Reason
 from fedseg.federation.checkpoints import Progress
 from fedseg.federation.reduce import Reducer
 from fedseg.federation.run_folder import RunFolder
 from fedseg.federation.sites import KnownSite
 from fedseg.messages import ARRAYS, BUFFERS, CONFIG, Task, study_text
 from fedseg.peers import Peers
-from fedseg.receipts import Receipt
 from fedseg.segmentation.sharing import SplitState, split_state
 
 __all__ = ["Federation", "ServerEvaluation", "Summary", "messages_to", "outside_rounds"]
@@ -84,12 +82,6 @@ class Federation:
             study=study_text(self.study),
         ).to_record()
 
-    def note(
-        self, site: str, receipt: Receipt | None, *, reason: Reason | None, final: bool = False
-    ) -> None:
-        """Note what came from a site outside the rounds."""
-        self.received += outside_rounds(site, receipt, reason=reason, final=final)
-
     def content(self, config: ConfigRecord) -> RecordDict:
         """Pack the global model and a config: the same for every site."""
         state = self.split()
@@ -101,19 +93,29 @@ class Federation:
 
 
 def outside_rounds(
-    site: str, receipt: Receipt | None, *, reason: Reason | None = None, final: bool = False
+    site: str,
+    received: Mapping[str, Mapping[str, str]],
+    *,
+    reason: str | None = None,
+    final: bool = False,
 ) -> list[dict[str, Any]]:
-    """Entry of `received` in `manifest.json`; none where nothing came."""
-    if receipt is None:
-        return []
+    """Entries of `received` in `manifest.json`.
+
+    Args:
+        site: The site's name.
+        received: What came from it, see `Receipt.entry`.
+        reason: Code of why its answer is none, None where it is one.
+        final: Whether it came after the last round.
+    """
     return [
         {
             "site": site,
-            "kind": receipt.kind,
+            "kind": kind,
             **({"final": True} if final else {}),
-            "reason": reason.value if reason else None,
-            **receipt.entry()[receipt.kind],
+            "reason": reason,
+            **entry,
         }
+        for kind, entry in received.items()
     ]
 
 

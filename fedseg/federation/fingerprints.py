@@ -44,8 +44,8 @@ def collect_fingerprints(
         result = Reason.DEADLINE if arrival.message is None else _read(arrival.message)
         reason = result if isinstance(result, Reason) else None
         if arrival.message is not None and not arrival.message.has_error():
-            receipt = receipt_of(arrival.message)
-            received += outside_rounds(arrival.site, receipt, reason=reason)
+            entry = receipt_of(arrival.message).entry()
+            received += outside_rounds(arrival.site, entry, reason=reason)
         if isinstance(result, Fingerprint):
             found[arrival.site] = result
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from fedseg.errors import REASONS, Reason, StudyError
 from fedseg.federation.checkpoints import Checkpoint, save_checkpoint
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
-from fedseg.federation.federation import Federation, messages_to
+from fedseg.federation.federation import Federation, messages_to, outside_rounds
 from fedseg.federation.history import headline, new_line, score
 from fedseg.federation.secure_round import secure_personal, secure_scores
 from fedseg.federation.spending import can_pay
@@ -173,7 +173,8 @@ def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:
     found = {}
     arrivals = _ask(federation, federation.progress.round, final=True)
     for name, answer in _answers(arrivals, declared=declared):
-        federation.note(name, answer.receipt, reason=answer.reason, final=True)
+        received = answer.receipt.entry() if answer.receipt else {}
+        federation.received += outside_rounds(name, received, reason=answer.reason, final=True)
         if answer.status != "ok" or PERSONAL + "kept" not in answer.metrics:
             continue
         own = {key: answer.metrics.get(PERSONAL + key, 0.0) for key in sums}

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 
 from fedseg.errors import REASONS, ProtocolError, Reason, StudyError
 from fedseg.federation.collect import FORGET_AFTER, site_line
-from fedseg.federation.federation import Federation
+from fedseg.federation.federation import Federation, outside_rounds
 from fedseg.federation.flat import layout_of
 from fedseg.federation.secure_site import COMPARED, SUMMED
 from fedseg.federation.secure_sum import Summing, forget, masked_sum
@@ -147,11 +147,8 @@ def secure_personal(federation: Federation) -> dict[str, Any] | None:
     """
     number = federation.progress.round
     account, sums = _scored(federation, number, "final", lambda: None)
-    federation.received += [
-        {"site": name, "kind": kind, "final": True, "reason": None, **receipt}
-        for name, receipts in account["received"].items()
-        for kind, receipt in receipts.items()
-    ]
+    for name, received in account["received"].items():
+        federation.received += outside_rounds(name, received, final=True)
     if not sums:
         return None
     own = {key: sums[PERSONAL + key] for key in empty_sums()}

@@ -226,8 +226,8 @@ def masked_sums(
     """Encode and mask the numbers of an evaluation; nothing leaves but masked words."""
     terms = _terms(message, study, state.purpose)
     encoding = secagg.party(state, terms).encoding
-    compared = {COMPARED: float(PERSONAL + "kept" in sums)}
-    numbers = {key: {**sums, **compared}.get(key, 0.0) for key in SUMMED[state.purpose]}
+    known = {**sums, COMPARED: float(PERSONAL + "kept" in sums)}
+    numbers = {key: known.get(key, 0.0) for key in SUMMED[state.purpose]}
     words = encode_numbers(list(numbers.values()), encoding)
     return _masked(message, context, site, state, terms, words, {"masked": {"numbers": numbers}})
 

@@ -21,13 +21,11 @@ class Protected:
 
     Attributes:
         update: Change of the shared parameters.
-        norm: Its L2 norm before.
         clip: What that was clipped to, None if it wasn't.
         noise: Standard deviation of the noise added to each value.
     """
 
     update: State
-    norm: float
     clip: float | None = None
     noise: float = 0.0
 
@@ -44,16 +42,16 @@ def clips_updates(study: StudyConfig) -> bool:
 
 def protect(update: State, study: StudyConfig) -> Protected:
     """Clip an update's L2 norm, then add the noise of local-dp."""
-    privacy, norm = study.privacy, norm_of(update.values())
+    privacy = study.privacy
     if privacy.clip is None or not clips_updates(study):
-        return Protected(update=update, norm=norm)
-    factor = clip_factor(norm, privacy.clip)
+        return Protected(update=update)
+    factor = clip_factor(norm_of(update.values()), privacy.clip)
     clipped = {name: tensor * factor for name, tensor in update.items()}
     if privacy.mode != "local-dp" or privacy.noise_multiplier is None:
-        return Protected(update=clipped, norm=norm, clip=privacy.clip)
+        return Protected(update=clipped, clip=privacy.clip)
     layout = layout_of(clipped)
     vector = flatten(clipped, layout)
     noise = privacy.noise_multiplier * privacy.clip
     add_noise(vector.numpy(), noise)
     noised = unflatten(vector, layout)
-    return Protected(update=noised, norm=norm, clip=privacy.clip, noise=noise)
+    return Protected(update=noised, clip=privacy.clip, noise=noise)

@@ -14,13 +14,14 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.node import Site, SiteCases
-from fedseg.data.patches import batches
+from fedseg.data.patches import planned_batches
 from fedseg.data.plan import REGIONS, Plan
 from fedseg.federation.compression import finite_and_norm, scheme_of
 from fedseg.federation.feedback import encode_with_feedback
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.record_training import private_round, unchanged_buffers
 from fedseg.messages import PERSONAL, Task
+from fedseg.privacy.clipping import norm_of
 from fedseg.registry import resolve
 from fedseg.segmentation.kept import load_kept, save_kept
 from fedseg.segmentation.lightning_backend import BACKENDS
@@ -147,14 +148,11 @@ def _steps(
     minutes = study.train.minutes
     # Randomness comes from (seed, site, round), never from process state.
     seed = [study.train.seed, task.round_number, *site.name.encode()]
-    drawn = batches(
+    drawn = planned_batches(
         cases.training,
-        steps=_ENDLESS if minutes else steps,
-        batch_size=plan.batch_size,
-        patch_size=plan.patch_size,
-        foreground=study.train.foreground,
-        augmentation=study.train.augmentation,
-        spacing=plan.spacing,
+        plan,
+        study.train,
+        steps=steps,
         device=device,
         rng=np.random.default_rng(seed),
     )
@@ -197,9 +195,10 @@ def packed(update: State, study: StudyConfig, site: Site, task: Task) -> dict[st
 
 def sent_norm(parts: State, update: State, study: StudyConfig) -> float:
     """L2 norm of an update as the receiver decodes it."""
-    scheme, layout = scheme_of(study.federation), layout_of(update)
-    values = {"values": flatten(update, layout)} if scheme.name == "none" else parts
-    return finite_and_norm(values, scheme, size=layout.size)[1]
+    scheme = scheme_of(study.federation)
+    if scheme.name == "none":
+        return norm_of(update.values())
+    return finite_and_norm(parts, scheme, size=layout_of(update).size)[1]
 
 
 def personal_sums(

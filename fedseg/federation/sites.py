@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 from fedseg.config import StudyConfig
 from fedseg.errors import REASONS, StudyError
 from fedseg.federation.exchange import poll_pause
-from fedseg.messages import Greeting, query_content, read_greeting
+from fedseg.greeting import Greeting, read_greeting
+from fedseg.messages import query_content
 from fedseg.receipts import Receipt
 from fedseg.site_config import valid_site_name
 

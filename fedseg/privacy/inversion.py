@@ -19,6 +19,7 @@ from fedseg.segmentation.losses import Loss
 __all__ = [
     "Likeness",
     "PatchLoss",
+    "flat_gradient",
     "guess_from_labels",
     "invert",
     "likeness",
@@ -72,16 +73,15 @@ def step_update(
     network: nn.Module, loss: PatchLoss, images: torch.Tensor, *, learning_rate: float
 ) -> np.ndarray:
     """Update of one step of plain gradient descent, float32 `[N]`."""
-    gradients = _gradients(network, loss, images, keep=False)
-    update = -learning_rate * torch.cat([part.reshape(-1) for part in gradients])
+    update = -learning_rate * flat_gradient(network, loss(network, images))
     return np.asarray(update.cpu().numpy(), np.float32)
 
 
-def _gradients(
-    network: nn.Module, loss: PatchLoss, images: torch.Tensor, *, keep: bool
-) -> tuple[torch.Tensor, ...]:
+def flat_gradient(network: nn.Module, loss: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+    """Gradient of a loss by all trainable parameters, `[N]`; `keep` lets it be derived again."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    return torch.autograd.grad(loss(network, images), parameters, create_graph=keep)
+    found = torch.autograd.grad(loss, parameters, create_graph=keep)
+    return torch.cat([part.reshape(-1) for part in found])
 
 
 def invert(
@@ -115,8 +115,7 @@ def invert(
     optimizer = torch.optim.Adam([images], lr=_STEP)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
-        gradients = _gradients(network, loss, images, keep=True)
-        found = _direction(torch.cat([part.reshape(-1) for part in gradients]))
+        found = _direction(flat_gradient(network, loss(network, images), keep=True))
         distance = 1 - found @ goal + smooth * _total_variation(images)
         (images.grad,) = torch.autograd.grad(distance, [images])
         optimizer.step()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedseg.data.patches import batches
 from fedseg.privacy.inversion import Likeness
 from fedseg.privacy.membership import (
     Candidate,
@@ -26,7 +25,14 @@ from fedseg.privacy.membership import (
     separation,
 )
 from fedseg.privacy.probe import probe
-from fedseg.privacy.rehearsal import Floats, Rehearsal, get_weights, rehearse, set_weights
+from fedseg.privacy.rehearsal import (
+    Floats,
+    Rehearsal,
+    get_weights,
+    known_patches,
+    rehearse,
+    set_weights,
+)
 from fedseg.privacy.views import SETTINGS, Terms
 from fedseg.segmentation.models import build_model, parameter_count
 from fedseg.segmentation.norms import place
@@ -154,19 +160,8 @@ def _candidates(test: Rehearsal, half: str) -> list[list[Candidate]]:
         cases = cohort.members if half == "members" else cohort.others
         found.append([])
         for index, case in enumerate(cases):
-            stream = [test.options.seed, _CANDIDATES, site, _HALVES.index(half), index]
-            image, labels = next(
-                batches(
-                    [case],
-                    steps=1,
-                    batch_size=_PATCHES,
-                    patch_size=test.plan.patch_size,
-                    foreground=1.0,
-                    augmentation="none",
-                    device=test.device,
-                    rng=np.random.default_rng(stream),
-                )
-            )
+            stream = (_CANDIDATES, site, _HALVES.index(half), index)
+            image, labels = known_patches(test, [case], _PATCHES, test.plan.patch_size, *stream)
             found[-1].append(Candidate(image=image, labels=labels, annotated=cohort.annotated))
     return found
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedseg.privacy.inversion import flat_gradient
 from fedseg.segmentation.intervals import REPLICATES
 from fedseg.segmentation.losses import Loss
 
@@ -62,9 +63,7 @@ def case_loss(network: nn.Module, case: Candidate, loss: Loss) -> torch.Tensor:
 
 def case_gradient(network: nn.Module, case: Candidate, loss: Loss) -> torch.Tensor:
     """Gradient of a case's loss by all trainable parameters, `[N]`, on the CPU."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    found = torch.autograd.grad(case_loss(network, case, loss), parameters)
-    return torch.cat([part.reshape(-1) for part in found]).cpu()
+    return flat_gradient(network, case_loss(network, case, loss)).cpu()
 
 
 def alignment(update: np.ndarray, gradient: np.ndarray) -> float:

@@ -166,22 +166,21 @@ def _clip(policy: PolicyConfig, request: Request) -> bool:
 
 def _promised_epsilon(study: StudyConfig) -> float:
     """Epsilon at which the study says it ends; infinite where it promises none."""
-    most = getattr(study.privacy, "max_epsilon", None)
-    return math.inf if study.privacy.mode == "none" or most is None else float(most)
+    most = study.privacy.max_epsilon
+    return math.inf if study.privacy.mode == "none" or most is None else most
 
 
 def _promised_noise(study: StudyConfig) -> float:
     """Noise multiplier of the study; 0 where it adds no noise."""
-    multiplier = getattr(study.privacy, "noise_multiplier", None)
-    return 0.0 if study.privacy.mode == "none" or multiplier is None else float(multiplier)
+    return study.privacy.noise_multiplier or 0.0
 
 
 def _promised_clip(study: StudyConfig) -> float:
     """Norm to which the study clips; infinite where it doesn't."""
-    bounds = [getattr(study.privacy, "clip", None)]
+    bounds = [study.privacy.clip]
     if study.privacy.secure_aggregation:
         bounds.append(study.privacy.secagg_max_norm)
-    return min((float(bound) for bound in bounds if bound is not None), default=math.inf)
+    return min((bound for bound in bounds if bound is not None), default=math.inf)
 
 
 def _size(policy: PolicyConfig, departure: Departure) -> bool:
@@ -220,8 +219,7 @@ def _norm(policy: PolicyConfig, departure: Departure) -> bool:
 
     With record-dp it is the gradients that are clipped.
     """
-    mode: str = departure.study.privacy.mode
-    tells = departure.noise == 0 and mode != "record-dp"
+    tells = departure.noise == 0 and departure.study.privacy.mode != "record-dp"
     if policy.max_clip is None or departure.norm is None or not tells:
         return True
     return departure.norm <= policy.max_clip * _ROUNDING

@@ -1,14 +1,12 @@
 """Reconstruction under each setting: one training patch of each site, one step of descent."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fedseg.data.cache import CachedCase
-from fedseg.data.patches import batches
 from fedseg.privacy.inversion import (
     Likeness,
     guess_from_labels,
@@ -17,7 +15,7 @@ from fedseg.privacy.inversion import (
     segmentation_loss,
     step_update,
 )
-from fedseg.privacy.rehearsal import Floats, Rehearsal, set_weights
+from fedseg.privacy.rehearsal import Floats, Rehearsal, known_patches, set_weights
 from fedseg.privacy.views import SETTINGS
 from fedseg.segmentation.models import build_model
 
@@ -67,7 +65,10 @@ def probe(test: Rehearsal, weights: Floats) -> Reconstructions:
     x, y, z = (min(n, max(_SIDE, 2**test.plan.depth)) for n in test.plan.patch_size)
     network = build_model(test.plan).to(test.device)
     set_weights(network, weights)
-    drawn = [_patches(test, site, (x, y, z)) for site in range(len(test.cohorts))]
+    drawn = [
+        known_patches(test, cohort.members, 1, (x, y, z), _PATCH, site)
+        for site, cohort in enumerate(test.cohorts)
+    ]
     images = torch.cat([image for image, _ in drawn])
     labels = torch.cat([label for _, label in drawn])
     regions = [cohort.annotated for cohort in test.cohorts]
@@ -96,7 +97,8 @@ def probe(test: Rehearsal, weights: Floats) -> Reconstructions:
         found[name] = guess[0, 0].cpu()
         log.info("reconstruction %d of %d: %s", number, len(SETTINGS), name)
     truth = images[0, 0].cpu()
-    other_images, other_labels = _draw(test, test.cohorts[0].others, _KNOWN, (x, y, z), _OTHERS, 0)
+    others = test.cohorts[0].others
+    other_images, other_labels = known_patches(test, others, _KNOWN, (x, y, z), _OTHERS, 0)
     painted = guess_from_labels(other_labels.cpu(), other_images.cpu(), labels[0].cpu())
     flat = torch.full_like(truth, float(other_images.mean()))
     shown = {TRUTH: truth, GUESS: painted, **found}
@@ -105,32 +107,4 @@ def probe(test: Rehearsal, weights: Floats) -> Reconstructions:
         likeness={name: likeness(image, truth) for name, image in found.items()},
         guesses={"mean intensity": likeness(flat, truth), GUESS: likeness(painted, truth)},
         images={name: image.numpy() for name, image in shown.items()},
-    )
-
-
-def _patches(
-    test: Rehearsal, site: int, shape: tuple[int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The patch that a site trains with."""
-    return _draw(test, test.cohorts[site].members, 1, shape, _PATCH, site)
-
-
-def _draw(
-    test: Rehearsal,
-    cases: Sequence[CachedCase],
-    count: int,
-    shape: tuple[int, int, int],
-    *stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return next(
-        batches(
-            cases,
-            steps=1,
-            batch_size=count,
-            patch_size=shape,
-            foreground=1.0,
-            augmentation="none",
-            device=test.device,
-            rng=np.random.default_rng([test.options.seed, *stream]),
-        )
     )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fedseg.config import StudyConfig
-from fedseg.data.patches import batches
+from fedseg.data.cache import CachedCase
+from fedseg.data.patches import batches, planned_batches
 from fedseg.data.plan import Plan
 from fedseg.privacy.leak_sites import Cohort
 from fedseg.privacy.views import Setting, Terms
@@ -18,7 +19,15 @@ from fedseg.registry import resolve
 from fedseg.segmentation.losses import LOSSES, Loss
 from fedseg.segmentation.training import fit
 
-__all__ = ["LeakOptions", "Rehearsal", "get_weights", "median_norm", "rehearse", "set_weights"]
+__all__ = [
+    "LeakOptions",
+    "Rehearsal",
+    "get_weights",
+    "known_patches",
+    "median_norm",
+    "rehearse",
+    "set_weights",
+]
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +137,11 @@ def _local_update(
 ) -> Floats:
     set_weights(network, began)
     train, plan, steps = test.study.train, test.plan, test.options.steps
-    drawn = batches(
+    drawn = planned_batches(
         test.cohorts[site].members,
+        plan,
+        train,
         steps=steps,
-        batch_size=plan.batch_size,
-        patch_size=plan.patch_size,
-        foreground=train.foreground,
-        augmentation=train.augmentation,
-        spacing=plan.spacing,
         device=test.device,
         rng=np.random.default_rng([test.options.seed, _TRAINING, number, site]),
     )
@@ -152,6 +158,36 @@ def _local_update(
     )
     update: Floats = get_weights(network) - began
     return update
+
+
+def known_patches(
+    test: Rehearsal,
+    cases: Sequence[CachedCase],
+    count: int,
+    shape: Sequence[int],
+    *stream: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut patches as they are, each on a region: images and labels, see `batches`.
+
+    Args:
+        test: Says the seed and where patches go.
+        cases: Where they are cut.
+        count: How many.
+        shape: Voxels of each.
+        stream: Tells this draw from others of the seed.
+    """
+    return next(
+        batches(
+            cases,
+            steps=1,
+            batch_size=count,
+            patch_size=shape,
+            foreground=1.0,
+            augmentation="none",
+            device=test.device,
+            rng=np.random.default_rng([test.options.seed, *stream]),
+        )
+    )
 
 
 def median_norm(updates: Floats) -> float:

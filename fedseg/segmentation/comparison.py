@@ -12,7 +12,7 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
-from fedseg.data.patches import batches
+from fedseg.data.patches import planned_batches
 from fedseg.data.plan import REGIONS, Plan
 from fedseg.errors import DataError
 from fedseg.registry import resolve
@@ -155,17 +155,7 @@ def _drawn(
         groups.setdefault(share.annotated, []).extend(share.training)
     rng = np.random.default_rng([study.train.seed, 0, *name.encode()])
     sources = [
-        batches(
-            cases,
-            steps=steps,
-            batch_size=plan.batch_size,
-            patch_size=plan.patch_size,
-            foreground=study.train.foreground,
-            augmentation=study.train.augmentation,
-            spacing=plan.spacing,
-            device=device,
-            rng=own,
-        )
+        planned_batches(cases, plan, study.train, steps=steps, device=device, rng=own)
         for cases, own in zip(groups.values(), rng.spawn(len(groups)), strict=True)
     ]
     counts = np.array([len(cases) for cases in groups.values()], float)
