@@ -7,6 +7,7 @@ of what it got and of nothing else; with secure aggregation, that the masked wor
 says they do, but the sites' checksums of them do add up to that of the server's sum.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,13 @@ from typing import Any
 
 from fedseg.errors import DataError, LedgerError
 from fedseg.federation.egress import LEFT
-from fedseg.federation.secure_site import SUMMED
 from fedseg.privacy.ledger import Entry, verify
 from fedseg.privacy.words_checksum import add_checksums
 
 __all__ = ["Audit", "Problem", "audit_run"]
+
+_SUMS = (("train", "secagg", "sum"), ("evaluate", "scored", "sum of scores"))
+"""Kind of message, key in the history's line, and what it is in words."""
 
 _CLOSE = 1e-6
 """Share by which sums of numbers may differ: they travel in fixed point."""
@@ -250,33 +253,41 @@ def _sums(
 ) -> tuple[list[int], list[Problem]]:
     """Hold sums of secure aggregation against the ledgers, where all sites' in a sum are there."""
     shown, problems = [], []
-    for line in lines:
-        secure = line.get("secagg")
-        if not secure:
+    for line, (kind, key, name) in itertools.product(lines, _SUMS):
+        secure = line.get(key, {})
+        if "in_sum" not in secure:  # there was none
             continue
-        receipts = [line["sites"][name].get("received", {}) for name in secure["in_sum"]]
-        entries = [by_hash.get(told.get("train", {}).get("ledger", "")) for told in receipts]
-        masked = [entry["masked"] for entry in entries if entry and "masked" in entry]
-        if len(masked) < len(entries):
-            what = "the sum isn't shown: it takes the ledgers of all sites in it"
+        masked = _masked(line, kind, secure, by_hash)
+        if masked is None:
+            what = f"the {name} isn't shown: it takes the ledgers of all sites in it"
             problems.append(Problem(severity="note", site="sum", round=line["round"], what=what))
-            continue
-        wrong = _wrong(secure, masked)
-        if wrong:
-            what = f"the server's sum isn't that of the ledgers: {', '.join(wrong)}"
+        elif wrong := _wrong(secure, masked):
+            what = f"the server's {name} isn't that of the ledgers: {', '.join(wrong)}"
             problems.append(_error("sum", line["round"], what))
-        else:
+        elif kind == "train":
             shown.append(line["round"])
     return shown, problems
+
+
+def _masked(
+    line: Mapping[str, Any], kind: str, secure: Mapping[str, Any], by_hash: Mapping[str, Entry]
+) -> list[Mapping[str, Any]] | None:
+    """What the ledgers say about the parts of a sum; None where one isn't there."""
+    if kind == "train":
+        received = {name: site.get("received", {}) for name, site in line["sites"].items()}
+    else:
+        received = secure["received"]
+    hashes = [received.get(name, {}).get(kind, {}).get("ledger", "") for name in secure["in_sum"]]
+    entries = [by_hash.get(one, {}) for one in hashes]
+    return [e["masked"] for e in entries] if all("masked" in e for e in entries) else None
 
 
 def _wrong(secure: Mapping[str, Any], masked: Sequence[Mapping[str, Any]]) -> list[str]:
     wrong = []
     if add_checksums([part["checksum"] for part in masked]) != secure["checksum"]:
         wrong.append("checksum of the words")
-    for key in SUMMED["train"]:
-        total = secure["sums"].get(key)
+    for key, total in secure.get("sums", {}).items():
         parts = math.fsum(part["numbers"][key] for part in masked)
-        if total is not None and not math.isclose(total, parts, rel_tol=_CLOSE, abs_tol=1e-3):
+        if not math.isclose(total, parts, rel_tol=_CLOSE, abs_tol=1e-3):
             wrong.append(key)
     return wrong

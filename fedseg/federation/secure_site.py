@@ -19,6 +19,7 @@ from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.messages import PERSONAL, TRAIN_METRICS, Task, answer_message, protocol_data
 from fedseg.privacy import secagg
+from fedseg.privacy.clipping import clip_factor
 from fedseg.privacy.fixed_point import LIMBS, effective_weight, encode_numbers, encode_values
 from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.identity import read_identity
@@ -255,7 +256,7 @@ def _masked(
 def _bound_norm(values: np.ndarray, most: float | None) -> float:
     """Scale an update down, in place, whose L2 norm is larger; return the norm it has then."""
     norm = math.sqrt(np.einsum("i,i->", values, values, dtype=np.float64))
-    if most is None or norm <= most:
-        return norm
-    values *= np.float32(most / norm)
-    return most
+    factor = 1.0 if most is None else clip_factor(norm, most)
+    if factor < 1:
+        values *= np.float32(factor)
+    return factor * norm

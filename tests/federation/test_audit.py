@@ -297,6 +297,15 @@ class TestTampering:
         assert error.startswith("error: sum, round 1: the server's sum isn't that of the ledgers")
         assert told in error
 
+    def test_server_with_another_sum_of_scores(self, finished: Callable[..., Study]) -> None:
+        made = finished(secure=True)
+        edit_history(made.folder, 2, lambda line: line["scored"].update(checksum=1))
+        (error,) = made.errors()
+        assert error == (
+            "error: sum, round 2: the server's sum of scores isn't that of the ledgers: "
+            "checksum of the words"
+        )
+
     def test_reply_changed_on_the_way(self, study: Callable[..., Study]) -> None:
         def change(message: Any) -> Any:
             if message.metadata.message_type == "train":
