@@ -52,16 +52,15 @@ def test_an_update_is_clipped_then_noised() -> None:
     )
     update = {"b": torch.full((100, 300), 3.0), "a": torch.full((10_000,), -1.0)}
     protected = protect(update, study)
-    assert protected.norm == pytest.approx(math.sqrt(9 * 30_000 + 10_000))
     assert (protected.clip, protected.noise) == (2.0, 1.0)
-    factor = 2.0 / protected.norm
+    factor = 2.0 / math.sqrt(9 * 30_000 + 10_000)
     noise = {name: protected.update[name] - tensor * factor for name, tensor in update.items()}
     assert float(noise["b"].std()) == pytest.approx(1.0, rel=0.02)
     assert noise["a"].shape == (10_000,) and protected.update["b"].dtype == torch.float32
     again = protect(update, study).update["a"]
     assert not torch.equal(again, protected.update["a"])
     zero = protect({"a": torch.zeros(5)}, study)
-    assert zero.norm == 0 and torch.isfinite(zero.update["a"]).all()
+    assert torch.isfinite(zero.update["a"]).all()
 
 
 @pytest.mark.parametrize("secure", [False, True])
