@@ -1,4 +1,4 @@
-"""Tests of the study config, and that pyproject.toml and README.md say the same."""
+"""Tests of the study config, and that pyproject.toml and docs/configuration.md say the same."""
 
 import json
 import re
@@ -212,21 +212,21 @@ def test_uv_overrides_name_every_dependency_once() -> None:
     assert all(line.endswith(" ; sys_platform == 'never'") for line in overrides)
 
 
-def readme_rows() -> list[tuple[str, str]]:
+def documented_rows() -> list[tuple[str, str]]:
     """Key and default of the rows ``| `key` | `default` | ...``."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| `")]
     return [(row[0].removeprefix("| ").strip("`"), row[1].strip("`")) for row in rows]
 
 
-def test_readme_lists_each_study_key_once_with_its_default() -> None:
+def test_configuration_page_lists_each_study_key_once_with_its_default() -> None:
     sections = tuple(f"{section}." for section in StudyConfig.model_fields)
-    rows = [row for row in readme_rows() if row[0].startswith(sections)]
+    rows = [row for row in documented_rows() if row[0].startswith(sections)]
     assert sorted(rows) == sorted((key, json.dumps(value)) for key, value in DEFAULTS.items())
 
 
-def test_readme_lists_each_site_key_once() -> None:
+def test_configuration_page_lists_each_site_key_once() -> None:
     kebab = [name.replace("_", "-") for name in SiteConfig.model_fields if name != "policy"]
     policy = [f"[policy] {name.replace('_', '-')}" for name in PolicyConfig.model_fields]
-    keys = [key for key, _ in readme_rows()]
+    keys = [key for key, _ in documented_rows()]
     assert [keys.count(key) for key in kebab + policy] == [1] * (len(kebab) + len(policy))

@@ -1,4 +1,4 @@
-"""Secure aggregation over SuperNodes whose peers' keys are pinned, made as README says."""
+"""Secure aggregation over SuperNodes whose peers' keys are pinned, made as docs/privacy.md says."""
 
 from pathlib import Path
 

@@ -95,6 +95,7 @@ def test_sdist_has_code_tests_and_license(packages: Packages) -> None:
         if path.is_file()
     }
     wanted = {"pyproject.toml", "LICENSE", "README.md", *files("fedseg", "fedseg_weights", "tests")}
+    wanted |= {f"docs/{page.name}" for page in (CHECKOUT / "docs").glob("*.md")}
     assert wanted <= found
     assert not [name for name in found if name.endswith((".nii.gz", ".pyc"))]
     weights = [name for name in found if name.endswith(".safetensors")]
