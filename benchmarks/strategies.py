@@ -2,14 +2,16 @@
 
     python benchmarks/strategies.py              # 3 seeds
     python benchmarks/strategies.py --quick      # one seed, two rounds: does it run?
+    python benchmarks/strategies.py --suffix long --splits contrast --only fedavg --rounds 15
 
 Eight sites share 48 phantoms in three contrast phases: equal shares (iid), unequal numbers of cases
 (size), unequal tumour load (dirichlet), or one phase a site (contrast). The plain loop of
 `plain_federation.py` runs the same reducers and Flower classes as a real run. Steps go with a
 site's cases, so a pooled run takes as many in all as the sites together; "pooled, a site's steps"
-takes as many as one average site. Liver Dice on 9 held-out phantoms of all phases, mean over cases.
-For the contrast split also: how many sites have, on the three held-out phantoms of their own phase,
-a better model than the one they trained alone. Writes `benchmarks/results/<date>-strategies.md`.
+takes as many as one average site. Liver Dice on held-out phantoms of all phases (3 a phase unless
+told otherwise), mean over cases. For the contrast split also: how many sites have, on the held-out
+phantoms of their own phase, a better model than the one they trained alone, and the least gain of
+any site. Writes `benchmarks/results/<date>-strategies.md`.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from fedseg.data.planning import make_plan
 from fedseg.federation.strategies import STRATEGIES
 
 PHASES = ("portal", "arterial", "native")
-SITES, CASES, HELD_OUT = 8, 48, 3
+SITES, CASES = 8, 48
 SPLITS = ("iid", "size", "dirichlet", "contrast")
 ALPHA = 0.5
 
@@ -94,6 +96,8 @@ def one_split(
     if name == "contrast":
         row(scores, "each site alone", "own phase", float(np.mean(alone_own)))
     for label, keys in settings().items():
+        if options.only and label not in options.only:
+            continue
         networks = federate({**base, **keys}, shares, steps)
         different = networks if "local" in label else networks[:1]
         found = float(np.mean([liver_dice(m, everyone, plan) for m in different]))
@@ -104,6 +108,7 @@ def one_split(
             better = sum(a > b for a, b in zip(ends, alone_own, strict=True))
             row(scores, label, "own phase", float(np.mean(ends)))
             row(scores, label, "sites better", float(better))
+            row(scores, label, "least gain", min(np.subtract(ends, alone_own)))
 
 
 def main() -> None:
@@ -112,6 +117,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=24, help="of an average site and round")
     parser.add_argument("--splits", default=",".join(SPLITS))
+    parser.add_argument("--only", nargs="+", help="rows to run; all unless given")
+    parser.add_argument("--held-out", type=int, default=3, help="phantoms of each phase")
+    parser.add_argument("--suffix", default="", help="of the result's name")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
@@ -127,7 +135,7 @@ def main() -> None:
 
         for seed in range(options.seeds):
             pool = {p: make(p, seed, n, CASES // 3) for n, p in enumerate(PHASES)}
-            held_out = {p: make(p, seed, 900 + n, HELD_OUT) for n, p in enumerate(PHASES)}
+            held_out = {p: make(p, seed, 900 + n, options.held_out) for n, p in enumerate(PHASES)}
             for name in options.splits.split(","):
                 shares = split(name, pool, seed)
                 one_split(name, shares, held_out, plan, options, seed, scores)
@@ -137,7 +145,8 @@ def main() -> None:
                 )
     if not options.quick:
         (Path(__file__).parent / "results" / "strategies.part").unlink()
-        write_result("strategies", table(scores, options, options.seeds))
+        name = f"strategies-{options.suffix}" if options.suffix else "strategies"
+        write_result(name, table(scores, options, options.seeds))
     else:
         print(table(scores, options, options.seeds))
 
@@ -145,15 +154,18 @@ def main() -> None:
 def table(
     scores: dict[str, dict[str, list[float]]], options: argparse.Namespace, seeds: int
 ) -> str:
-    columns = [*options.splits.split(","), "own phase", "sites better"]
+    columns = options.splits.split(",")
+    if "contrast" in columns:
+        columns = [*columns, "own phase", "least gain", "sites better"]
     rows = [
         f"# Strategies and heterogeneity, {datetime.date.today()}",
         "",
         f"{processor()}; {seeds} seed(s), {options.rounds} rounds of {options.steps} steps at an "
-        f"average site, {SITES} sites, {CASES} cases, {3 * HELD_OUT} held-out cases; liver Dice, "
-        "mean of the seeds (lowest and highest seed)",
+        f"average site, {SITES} sites, {CASES} cases, {3 * options.held_out} held-out cases; "
+        "liver Dice, mean of the seeds (lowest and highest seed); least gain over training alone "
+        "and number of sites that gained: seed by seed",
         "",
-        "| strategy | " + " | ".join(columns[:-1]) + f" | sites better than alone, of {SITES} |",
+        "| strategy | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, found in scores.items():
@@ -163,7 +175,9 @@ def table(
             if not values:
                 cells.append("")
             elif column == "sites better":
-                cells.append(", ".join(f"{value:.0f}" for value in values))
+                cells.append(", ".join(f"{value:.0f}" for value in values) + f" of {SITES}")
+            elif column == "least gain":
+                cells.append(", ".join(f"{value:+.3f}" for value in values))
             else:
                 cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
