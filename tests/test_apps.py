@@ -350,6 +350,7 @@ def test_too_few_sites_in_time(run_study: Run, three_sites: dict[int, Any]) -> N
 class TestWhichNode:
     """A node is simulated, real, or refuses."""
 
+    @pytest.mark.slow
     def test_simulated_phantoms(self, run_study: Run) -> None:
         nodes = {n: {"partition-id": n, "num-partitions": 2} for n in range(2)}
         config = {"data.phantom-cases": 2, "data.server-cases": 1, "train.spacing": "8,8,8"}

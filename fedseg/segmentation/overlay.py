@@ -113,6 +113,8 @@ def _seen_from_the_feet(plane: np.ndarray, shape: tuple[int, int]) -> Picture:
 
 
 def _region(inside: np.ndarray, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    if not inside.any():
+        return np.zeros(shape, bool)
     # Interpolated and cut at one half, an outline is smooth where voxels are large.
     return np.asarray(_seen_from_the_feet(inside, shape) >= 0.5)
 
@@ -137,7 +139,7 @@ def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
         (
             b"\x89PNG\r\n\x1a\n",
             chunk(b"IHDR", header),
-            chunk(b"IDAT", zlib.compress(rows, 9)),
+            chunk(b"IDAT", zlib.compress(rows, 6)),
             chunk(b"IEND", b""),
         )
     )

@@ -53,7 +53,13 @@ def rounds_of(folder: Path) -> list[int]:
     return [json.loads(line)["round"] for line in lines]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, marks=() if stage.startswith("while-") else pytest.mark.slow)
+        for stage in STAGES
+    ],
+)
 def test_killed_at_any_stage_and_resumed_to_the_same_bits(
     stage: str, run_study: Run, nodes: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:

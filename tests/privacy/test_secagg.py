@@ -109,6 +109,7 @@ def test_fifty_sites_survive_the_loss_of_nineteen() -> None:
     assert decoded(done, SIZE)[1] == weights.sum() - weights[gone].sum()
 
 
+@pytest.mark.slow
 def test_a_hundred_rounds_of_ten_sites() -> None:
     """One site drops out in each; states go from round to round as stored text."""
     before: dict[int, State] = {}
