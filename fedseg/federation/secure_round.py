@@ -128,13 +128,17 @@ def secure_scores(
     Args:
         federation: The federation.
         number: The round.
-        entries: Entries of the history's line: `federated` and `scored` are set.
+        entries: Entries of the history's line: `federated` and `scored` are set, and for each site
+            that gave no metrics the reason, `no_metrics`.
         meanwhile: Called while the sites score.
     """
     if "failed" in entries:
         meanwhile()
         return
-    entries["scored"], sums = _scored(federation, number, "evaluate", meanwhile)
+    account, sums = _scored(federation, number, "evaluate", meanwhile)
+    for name, reason in account.pop("no_metrics").items():
+        entries["sites"].setdefault(name, {})["no_metrics"] = reason
+    entries["scored"] = account
     entries["federated"] = summarise(sums) if sums else {}
 
 
@@ -148,7 +152,8 @@ def secure_personal(federation: Federation) -> dict[str, Any] | None:
     number = federation.progress.round
     account, sums = _scored(federation, number, "final", lambda: None)
     for name, received in account["received"].items():
-        federation.received += outside_rounds(name, received, final=True)
+        reason = account["no_metrics"].get(name)
+        federation.received += outside_rounds(name, received, reason=reason, final=True)
     if not sums:
         return None
     own = {key: sums[PERSONAL + key] for key in empty_sums()}
@@ -175,20 +180,20 @@ def _scored(
         sums = _numbers(party, total, purpose)
     except ProtocolError as error:
         log.warning("round %d: no scores of the sites: %s", number, error)
-        return {"failed": str(error), "received": _received(going)}, {}
+        return {"failed": str(error), **_by_site(going, number)}, {}
     finally:
         once()
         forget(going)
-        for name, line in sorted(going.lines.items()):
-            if line["status"] != "ok":
-                reason = REASONS[Reason(line["reason"] or "error")]
-                log.warning("round %d: %s gave no metrics: %s", number, name, reason)
-    return {**_account(going, party, total), "received": _received(going)}, sums
+    return {**_account(going, party, total), **_by_site(going, number)}, sums
 
 
-def _received(going: Summing) -> dict[str, Any]:
-    """Receipts of each site's answers, for the audit."""
-    return {name: line["received"] for name, line in sorted(going.lines.items())}
+def _by_site(going: Summing, number: int) -> dict[str, Any]:
+    """Receipts of each site's answers, for the audit; and why a site gave no metrics."""
+    lines = sorted(going.lines.items())
+    why = {name: line["reason"] or "error" for name, line in lines if line["status"] != "ok"}
+    for name, reason in why.items():
+        log.warning("round %d: %s gave no metrics: %s", number, name, REASONS[Reason(reason)])
+    return {"received": {name: line["received"] for name, line in lines}, "no_metrics": why}
 
 
 def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> None:

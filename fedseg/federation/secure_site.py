@@ -23,6 +23,7 @@ from fedseg.privacy.clipping import clip_factor
 from fedseg.privacy.fixed_point import LIMBS, effective_weight, encode_numbers, encode_values
 from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.identity import read_identity
+from fedseg.privacy.policy import Departure, check_departure
 from fedseg.privacy.roster import Terms
 from fedseg.privacy.secagg_masks import Words
 from fedseg.privacy.secagg_state import State
@@ -196,6 +197,7 @@ def masked_answer(
     metrics: Mapping[str, float],
 ) -> Reply:
     """Bound, weigh, encode and mask an update and its numbers; nothing leaves but masked words."""
+    _judge(site, study, "train", metrics)
     terms = _terms(message, study, "train")
     encoding = secagg.party(state, terms).encoding
     values = flatten(update, layout_of(update)).numpy()
@@ -227,10 +229,20 @@ def masked_sums(
     """Encode and mask the numbers of an evaluation; nothing leaves but masked words."""
     terms = _terms(message, study, state.purpose)
     encoding = secagg.party(state, terms).encoding
+    _judge(site, study, "evaluate", {k: sums[k] for k in SUMMED[state.purpose] if k in sums})
     known = {**sums, COMPARED: float(PERSONAL + "kept" in sums)}
     numbers = {key: known.get(key, 0.0) for key in SUMMED[state.purpose]}
     words = encode_numbers(list(numbers.values()), encoding)
     return _masked(message, context, site, state, terms, words, {"masked": {"numbers": numbers}})
+
+
+def _judge(site: Site, study: StudyConfig, kind: str, numbers: Mapping[str, float]) -> None:
+    """Judge numbers before they are masked: it is the study that chose the mask, not the site.
+
+    Raises:
+        SiteError: The site's policy doesn't let them leave.
+    """
+    check_departure(site.config.policy, Departure(kind=kind, study=study, metrics=dict(numbers)))
 
 
 def _masked(
