@@ -26,7 +26,7 @@ from fedseg.privacy.roster import Party
 from fedseg.privacy.secagg_server import RunningSum
 from fedseg.privacy.secagg_wire import Purpose
 from fedseg.privacy.words_checksum import checksum
-from fedseg.segmentation.metrics import empty_sums, summarise
+from fedseg.segmentation.metrics import empty_sums, plausible, summarise
 
 __all__ = ["secure_change", "secure_personal", "secure_scores", "take_late"]
 
@@ -178,6 +178,8 @@ def _scored(
         size = LIMBS * len(SUMMED[purpose])
         party, total = masked_sum(going, size, lambda _: content, once)
         sums = _numbers(party, total, purpose)
+        if not plausible({key.removeprefix(PERSONAL): value for key, value in sums.items()}):
+            raise ProtocolError("sums: got what no cases have; a site sent other words")
     except ProtocolError as error:
         log.warning("round %d: no scores of the sites: %s", number, error)
         return {"failed": str(error), **_by_site(going, number)}, {}
