@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 
 from fedseg.errors import REASONS, ProtocolError, Reason, StudyError
 from fedseg.federation.collect import FORGET_AFTER, site_line
-from fedseg.federation.federation import Federation, outside_rounds
+from fedseg.federation.federation import Federation, Unread, outside_rounds
 from fedseg.federation.flat import layout_of
 from fedseg.federation.secure_site import COMPARED, SUMMED
 from fedseg.federation.secure_sum import Summing, forget, masked_sum
@@ -26,9 +26,10 @@ from fedseg.privacy.roster import Party
 from fedseg.privacy.secagg_server import RunningSum
 from fedseg.privacy.secagg_wire import Purpose
 from fedseg.privacy.words_checksum import checksum
+from fedseg.receipts import receipt_of
 from fedseg.segmentation.metrics import empty_sums, plausible, summarise
 
-__all__ = ["secure_change", "secure_personal", "secure_scores", "take_late"]
+__all__ = ["secure_change", "secure_personal", "secure_scores", "take_late", "take_unread"]
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,10 @@ def _scored(
     finally:
         once()
         forget(going)
+        federation.unread |= {
+            message_id: Unread(site=name, round=number, busy=True)
+            for name, message_id in going.late.items()
+        }
     return {**_account(going, party, total), **_by_site(going, number)}, sums
 
 
@@ -198,8 +203,29 @@ def _by_site(going: Summing, number: int) -> dict[str, Any]:
     return {"received": {name: line["received"] for name, line in lines}, "no_metrics": why}
 
 
+def take_unread(federation: Federation, number: int) -> list[dict[str, Any]]:
+    """Receipts, for the audit, of answers that came when nobody waited for them any more.
+
+    Args:
+        federation: The federation; what is unread for too long is forgotten.
+        number: The round that begins, or the one that ended.
+    """
+    found = []
+    for message_id, asked in list(federation.unread.items()):
+        replies: Collection[Message] = list(federation.grid.pull_messages([message_id]))
+        if replies or number - asked.round > FORGET_AFTER:
+            del federation.unread[message_id]
+        for reply in replies:
+            if not reply.has_error():
+                receipt = receipt_of(reply).entry()
+                found.append({"site": asked.site, "round": asked.round, "received": receipt})
+    return found
+
+
 def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> None:
     """Write down whose answers to an earlier round came late; their masks can't be taken off."""
+    if unwaited := take_unread(federation, number):
+        entries["unwaited"] = unwaited
     late = federation.progress.late
     for name, (asked, message_id) in sorted(late.items()):
         replies: Collection[Message] = list(federation.grid.pull_messages([message_id]))
