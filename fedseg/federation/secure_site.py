@@ -28,7 +28,7 @@ from fedseg.privacy.roster import Terms
 from fedseg.privacy.secagg_masks import Words
 from fedseg.privacy.secagg_state import State
 from fedseg.privacy.secagg_wire import Begin, Purpose, unpack
-from fedseg.privacy.sent_once import check_unsent, note_sending
+from fedseg.privacy.sent_once import check_unsent, note_sending, note_step
 from fedseg.privacy.words_checksum import checksum
 from fedseg.registry import resolve
 from fedseg.segmentation.metrics import empty_sums
@@ -57,6 +57,9 @@ nothing about the global model: it was scored before, and twice over different s
 site's own."""
 
 WORDS = "words"
+
+Step = tuple[State, bytes]
+"""State after a step, and its answer."""
 
 _STATE = "secagg"
 _ROUNDING = 23
@@ -121,20 +124,31 @@ def _keys(message: Message, context: Context, study: StudyConfig) -> Message:
     return _answer(message, context, state, data)
 
 
+def _answer_once(
+    message: Message, context: Context, site: Site, terms: Terms, before: State, found: Step
+) -> Message:
+    """Answer a step, unless another process has answered it from the same state."""
+    after, data = found
+    key = before.adverts[max(before.index, 0)].mask
+    note_step(site.config.cache, site.name, terms, after.stage, key)
+    return _answer(message, context, after, data)
+
+
 def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
     site = open_site(context.node_config, study, make_phantoms=False)
     _, pinned = read_identity(site.config)
     state = _loaded(context)
-    state, data = secagg.share(
+    terms = _terms(message, study, state.purpose)
+    found = secagg.share(
         state,
         protocol_data(message),
-        _terms(message, study, state.purpose),
+        terms,
         pinned=pinned,
         least=max(LEAST_SITES, study.federation.min_sites),
     )
-    if len(state.adverts) <= site.config.policy.min_peers:  # here they can be counted
+    if len(found[0].adverts) <= site.config.policy.min_peers:  # here they can be counted
         raise SiteError(Reason.POLICY_MIN_PEERS)
-    return _answer(message, context, state, data)
+    return _answer_once(message, context, site, terms, state, found)
 
 
 def _confirm(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -142,8 +156,8 @@ def _confirm(message: Message, context: Context, study: StudyConfig) -> Message:
     signer, _ = read_identity(site.config)
     state = _loaded(context)
     terms = _terms(message, study, state.purpose)
-    state, data = secagg.confirm(state, protocol_data(message), terms, signer=signer)
-    return _answer(message, context, state, data)
+    found = secagg.confirm(state, protocol_data(message), terms, signer=signer)
+    return _answer_once(message, context, site, terms, state, found)
 
 
 def _unmask(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -151,8 +165,8 @@ def _unmask(message: Message, context: Context, study: StudyConfig) -> Message:
     _, pinned = read_identity(site.config)
     state = _loaded(context)
     terms = _terms(message, study, state.purpose)
-    state, data = secagg.reveal(state, protocol_data(message), terms, pinned=pinned)
-    return _answer(message, context, state, data)
+    found = secagg.reveal(state, protocol_data(message), terms, pinned=pinned)
+    return _answer_once(message, context, site, terms, state, found)
 
 
 def _forget(message: Message, context: Context, study: StudyConfig) -> Message:
