@@ -112,7 +112,8 @@ def test_any_task_is_read_or_refused(changed: dict[str, Any], dropped: set[str])
     asked = message(RecordDict({"config": record}))
     with contextlib.suppress(ConfigError):
         task = Task.from_message(asked)
-        assert "/" not in task.study_run and len(task.study_run) <= 64
+        assert "/" not in task.study_run and task.study_run[0] != "."
+        assert len(task.study_run) <= 64
         Plan.from_json(task.plan)
     with contextlib.suppress(ConfigError):
         StudyConfig.from_json(stored_study(asked) or "")
