@@ -108,10 +108,19 @@ def _audited(
     *,
     run: str,
 ) -> Audit:
-    by_hash = {entry["hash"]: entry for entries in files.values() for entry in entries}
     claims = list(_claims(manifest, lines))
+    claimed = {claim.ledger for claim in claims}
+    by_hash: dict[str, Entry] = {}
+    problems = []
+    for path, entries in files.items():
+        by_hash |= {entry["hash"]: entry for entry in entries if _whole(entry)}
+        problems += [
+            _error(str(path), None, f"line {entry['sequence']} isn't as fedseg writes it")
+            for entry in entries
+            if entry["hash"] in claimed and not _whole(entry)
+        ]
     known = {claim.site for claim in claims if claim.ledger in by_hash}
-    problems = [p for claim in claims if claim.site in known for p in _check(claim, by_hash, run)]
+    problems += [p for claim in claims if claim.site in known for p in _check(claim, by_hash, run)]
     problems += _of_ledgers(files, claims, run)
     problems += [
         Problem(
@@ -137,15 +146,16 @@ def _read_ledger(path: Path) -> list[Entry]:
     """What left by a ledger.
 
     Raises:
-        LedgerError: It doesn't hold together, or has lines that fedseg doesn't write.
+        LedgerError: It doesn't hold together.
     """
-    entries = [entry for entry in verify(path).entries if entry.get("kind") == LEFT]
-    for entry in entries:
-        texts, records = (entry.get("message"), entry.get("sha256")), entry.get("records")
-        whole = isinstance(records, dict) and all(isinstance(r, dict) for r in records.values())
-        if not whole or not all(isinstance(text, str) for text in texts):
-            raise LedgerError(f"{path}: line {entry['sequence']}: isn't as fedseg writes it")
-    return entries
+    return [entry for entry in verify(path).entries if entry.get("kind") == LEFT]
+
+
+def _whole(entry: Entry) -> bool:
+    """Whether a line is as fedseg writes it, as far as a claim is held against it."""
+    texts, records = (entry.get("message"), entry.get("sha256")), entry.get("records")
+    good = isinstance(records, dict) and all(isinstance(part, dict) for part in records.values())
+    return good and all(isinstance(text, str) for text in texts)
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -260,6 +270,6 @@ def _of_ledgers(
                     severity="note",
                     site=str(path),
                     round=entry.get("round"),
-                    what=f"line {entry['sequence']} ({entry['message']}) left, and the server "
+                    what=f"line {entry['sequence']} ({entry.get('message')}) left, and the server "
                     "doesn't say that it came: it was late, or the server was stopped",
                 )
