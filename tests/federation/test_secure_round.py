@@ -291,13 +291,14 @@ def test_a_late_scorer_delays_no_round_and_its_answer_is_read_in_the_end(
             busy_with_scoring(run_study.grid, 4)  # type: ignore[attr-defined]
         return message
 
-    config = {**SECURE, "federation.round-deadline": 3.0, "federation.rounds": 3}
+    config = {**SECURE, "federation.round-deadline": 5.0, "federation.rounds": 3}
     folder, _ = run_study(sites, config, reply={1: first})
     _, one, two, three = history(folder)
     assert one["secagg"]["summed"] == 4
-    assert one["scored"]["summed"] == 3 and one["scored"]["no_metrics"] == {"dortmund": "deadline"}
+    assert one["scored"]["summed"] == 3
+    assert one["sites"]["dortmund"]["no_metrics"] == "deadline"
     # Three are enough: nobody waits until the fourth is done with what it does.
-    assert two["secagg"]["summed"] == 3 and two["secagg"]["seconds"]["keys"] < 2
+    assert two["secagg"]["summed"] == 3 and two["secagg"]["seconds"]["keys"] < 4
     assert two["sites"]["dortmund"]["status"] == "late"
     assert three["secagg"]["summed"] == 4
     came = {(told["site"], kind) for told in three["unwaited"] for kind in told["received"]}
