@@ -103,6 +103,7 @@ class Reason(StrEnum):
     CONFIG_MISMATCH = "config-mismatch"
     PLAN = "plan"
     MODEL_MISSING = "model-missing"
+    ACCOUNTANT_MISSING = "accountant-missing"
     MODEL = "model"
     OUT_OF_MEMORY = "out-of-memory"
     NOT_FINITE = "not-finite"
@@ -150,6 +151,7 @@ REASONS: dict[Reason, str] = {
     Reason.CONFIG_MISMATCH: "its study config differs from the server's; use the same app bundle",
     Reason.PLAN: "it can't follow the plan; its own log says why",
     Reason.MODEL_MISSING: "the package of model.name, train.loss or train.backend isn't there",
+    Reason.ACCOUNTANT_MISSING: "it lacks dp-accounting; run `pip install 'fedseg[dp]'` there",
     Reason.MODEL: "it can't build the network; its own log says why",
     Reason.OUT_OF_MEMORY: "it ran out of memory; take a smaller train.patch-size or batch-size",
     Reason.NOT_FINITE: "its update has NaN or Inf; take a smaller train.learning-rate",
@@ -162,7 +164,7 @@ REASONS: dict[Reason, str] = {
     Reason.UNREACHABLE: "its node went away",
     Reason.CRASHED: "its process was killed, most often for lack of memory",
     Reason.SECURE_AGGREGATION: "it refused or broke secure aggregation; the log there says why",
-    Reason.SENT_ALREADY: "it sent this round's sum masked before, and does so once; not again",
+    Reason.SENT_ALREADY: "it took this step of the round's sum before, and does so once",
     Reason.UNSIGNED: "its node runs only a bundle signed by someone it trusts; sign this one",
     Reason.LEDGER: "its ledger can't be written, so nothing left; its own log says why",
     Reason.ERROR: "it failed; its own log says why",

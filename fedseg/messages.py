@@ -112,9 +112,9 @@ class Task:
         mu = record.get("proximal-mu", 0.0)
         if not all(isinstance(text, str) for text in texts):
             raise ConfigError("task: study-run, config-digest or plan is missing")
-        if not all(isinstance(n, int) and 0 <= n < 2**31 for n in numbers):
+        if not all(type(n) is int and 0 <= n < 2**31 for n in numbers):  # True is none
             raise ConfigError("task: server-round or rounds is missing")
-        if not re.fullmatch(r"[\w.-]{1,64}", str(texts[0])):
+        if not re.fullmatch(r"\w[\w.-]{0,63}", str(texts[0])):  # it names folders of the site
             raise ConfigError("task: study-run has other characters than letters, digits, - and _")
         if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
             raise ConfigError(f"task: got proximal-mu {mu!r}; expected a number of at least 0")

@@ -38,6 +38,7 @@ from fedseg.federation.reduce import reducer_of
 from fedseg.federation.resume import resume
 from fedseg.federation.rounds import personal_models, run_rounds
 from fedseg.federation.run_folder import RunFolder, new_run_id
+from fedseg.federation.secure_round import take_unread
 from fedseg.federation.sites import KnownSite, find_sites
 from fedseg.federation.strategies import (
     check_strategy,
@@ -121,7 +122,9 @@ def run_study(grid: Grid, context: Context) -> RunFolder:
         folder.update_manifest(status="failed", error=str(error) or type(error).__name__)
         _report(federation, None)
         raise
-    folder.add_received(federation.received)
+    rest = take_unread(federation, federation.progress.round)
+    unwaited = [e for one in rest for e in outside_rounds(one["site"], one["received"])]
+    folder.add_received([*federation.received, *unwaited])
     models = sorted(folder.path.glob("model-*.safetensors"))
     hashes = {path.name: sha256_of(path) for path in models}
     folder.update_manifest(status="completed", sha256=hashes, **personal)

@@ -79,8 +79,10 @@ def test_a_site_cannot_choose_an_odd_name() -> None:
     "change",
     [
         {"study-run": "../../etc"},
+        {"study-run": ".."},
         {"study-run": 3},
         {"server-round": -1},
+        {"server-round": True},
         {"rounds": "x"},
         {"proximal-mu": -1.0},
         {"proximal-mu": float("nan")},

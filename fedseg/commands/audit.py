@@ -72,6 +72,9 @@ def _run(run: str, ledgers: list[Path], as_json: bool) -> bool:
     if found.sums:
         rounds = ", ".join(map(str, found.sums))
         print(f"secure aggregation: the server's sum is that of the ledgers in rounds {rounds}")
+    if found.scores:
+        rounds = ", ".join(map(str, found.scores))
+        print(f"scores over all sites are those of the ledgers in rounds {rounds}")
     for problem in found.problems:
         print(problem)
     return found.clean

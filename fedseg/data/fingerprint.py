@@ -113,7 +113,8 @@ class Fingerprint(BaseModel):
             if name not in EDGES:
                 raise ValueError(f"fingerprint: unknown quantity '{name[:32]}'")
             bins = len(EDGES[name]) - 1
-            if len(histogram.mass) not in (0, bins):
+            held_back = not histogram.count and not histogram.mass
+            if not held_back and len(histogram.mass) != bins:
                 raise ValueError(f"fingerprint.{name}: expected {bins} bins")
             if any(not 0 <= group < bins for group in histogram.groups):
                 raise ValueError(f"fingerprint.{name}: expected groups within {bins} bins")
@@ -247,7 +248,8 @@ def add_fingerprints(parts: Iterable[Fingerprint]) -> Mapping[str, Histogram]:
         for histogram in found:
             mass += np.array(histogram.mass)
             groups &= set(histogram.groups)
-        total[name] = Histogram(
+        # Sums may pass the bounds of what one site sends.
+        total[name] = Histogram.model_construct(
             mass=tuple(float(m) for m in mass),
             groups=tuple(sorted(groups)) if found else (),
             count=sum(histogram.count for histogram in found),

@@ -2,53 +2,29 @@
 
 The server keeps, for each answer, the SHA-256 of what came and the hash of the ledger's line that
 came with it. So a line that was edited, deleted or written anew later is found, and a tail that was
-cut off, as far as the server has hashes of it. What it doesn't show: that the server made its model
-of what it got and of nothing else; with secure aggregation, that the masked words hold what a site
-says they do, but the sites' checksums of them do add up to that of the server's sum.
+cut off, as far as the server has hashes of it. Sums and scores over all sites: see `audit_sums`.
+What it doesn't show: that the server made its model of what it got and of nothing else; with secure
+aggregation, that the masked words hold what a site says they do.
 """
 
-import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedseg.errors import DataError, LedgerError
+from fedseg.federation.audit_sums import Problem, check_scores, check_sums
 from fedseg.federation.egress import LEFT
 from fedseg.privacy.ledger import Entry, verify
-from fedseg.privacy.words_checksum import add_checksums
 
-__all__ = ["Audit", "Problem", "audit_run"]
+__all__ = ["Audit", "audit_run"]
 
-_SUMS = (("train", "secagg", "sum"), ("evaluate", "scored", "sum of scores"))
-"""Kind of message, key in the history's line, and what it is in words."""
+_MOST_BYTES = 2**30
+"""Of a history that is read: far more than a thousand rounds of a hundred sites."""
 
-_CLOSE = 1e-6
-"""Share by which sums of numbers may differ: they travel in fixed point."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Something that isn't as it should be, or that isn't shown.
-
-    Attributes:
-        severity: error, or note where it is no sign of anything wrong.
-        site: Name of the site at the server, or path of a ledger.
-        round: The round, None outside the rounds.
-        what: What was found.
-    """
-
-    severity: str
-    site: str
-    round: int | None
-    what: str
-
-    def __str__(self) -> str:
-        """One line for people."""
-        where = f"{self.site}, round {self.round}" if self.round is not None else self.site
-        return f"{self.severity}: {where}: {self.what}"
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)
+"""What reading a record raises that holds other things than a server writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +35,14 @@ class Audit:
         run: Id of the study run.
         matched: By site, how many answers the server and a ledger agree on.
         sums: Rounds of secure aggregation whose sum is that of the ledgers.
+        scores: Rounds without it whose scores over all sites are those of the ledgers.
         problems: All that isn't shown or doesn't agree.
     """
 
     run: str
     matched: Mapping[str, int]
     sums: Sequence[int]
+    scores: Sequence[int]
     problems: Sequence[Problem]
 
     @property
@@ -106,17 +84,41 @@ def audit_run(folder: Path, ledgers: Sequence[Path]) -> Audit:
         DataError: The folder is no run's, or it is of a version without receipts.
     """
     manifest, lines = _read_run(folder)
-    run, problems = str(manifest.get("run", folder.name)), []
-    by_hash: dict[str, Entry] = {}
     files: dict[Path, list[Entry]] = {}
+    problems = []
     for path in ledgers:
         try:
-            files[path] = [e for e in verify(path).entries if e.get("kind") == LEFT]
+            files[path] = _read_ledger(path)
         except LedgerError as error:
             problems.append(_error(str(path), None, str(error).removeprefix(f"{path}: ")))
-        else:
-            by_hash |= {entry["hash"]: entry for entry in files[path]}
+    try:
+        found = _audited(manifest, lines, files, run=str(manifest.get("run", folder.name)))
+    except _MALFORMED as error:
+        raise DataError(
+            f"{folder}: its record, or a ledger, isn't as fedseg writes it ({error!r:.200}); "
+            "nothing is shown by it"
+        ) from None
+    return replace(found, problems=[*problems, *found.problems])
+
+
+def _audited(
+    manifest: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    files: Mapping[Path, Sequence[Entry]],
+    *,
+    run: str,
+) -> Audit:
     claims = list(_claims(manifest, lines))
+    claimed = {claim.ledger for claim in claims}
+    by_hash: dict[str, Entry] = {}
+    problems = []
+    for path, entries in files.items():
+        by_hash |= {entry["hash"]: entry for entry in entries if _whole(entry)}
+        problems += [
+            _error(str(path), None, f"line {entry['sequence']} isn't as fedseg writes it")
+            for entry in entries
+            if entry["hash"] in claimed and not _whole(entry)
+        ]
     known = {claim.site for claim in claims if claim.ledger in by_hash}
     problems += [p for claim in claims if claim.site in known for p in _check(claim, by_hash, run)]
     problems += _of_ledgers(files, claims, run)
@@ -127,7 +129,6 @@ def audit_run(folder: Path, ledgers: Sequence[Path]) -> Audit:
         for site in sorted({claim.site for claim in claims} - known)
     ]
     bad = {(p.site, p.round) for p in problems if p.severity == "error"}
-    sums, wrong = _sums(lines, by_hash)
     matched = {
         site: sum(
             claim.site == site and claim.ledger in by_hash and (site, claim.round) not in bad
@@ -135,24 +136,50 @@ def audit_run(folder: Path, ledgers: Sequence[Path]) -> Audit:
         )
         for site in sorted(known)
     }
-    return Audit(run=run, matched=matched, sums=sums, problems=[*problems, *wrong])
+    sums, wrong = check_sums(lines, by_hash)
+    scores, unlike = check_scores(lines, by_hash)
+    problems += [*wrong, *unlike]
+    return Audit(run=run, matched=matched, sums=sums, scores=scores, problems=problems)
+
+
+def _read_ledger(path: Path) -> list[Entry]:
+    """What left by a ledger.
+
+    Raises:
+        LedgerError: It doesn't hold together.
+    """
+    return [entry for entry in verify(path).entries if entry.get("kind") == LEFT]
+
+
+def _whole(entry: Entry) -> bool:
+    """Whether a line is as fedseg writes it, as far as a claim is held against it."""
+    texts, records = (entry.get("message"), entry.get("sha256")), entry.get("records")
+    good = isinstance(records, dict) and all(isinstance(part, dict) for part in records.values())
+    return good and all(isinstance(text, str) for text in texts)
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        text = (folder / "history.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        manifest = json.loads(_text(folder / "manifest.json"))
+        lines = [json.loads(line) for line in _text(folder / "history.jsonl").splitlines()]
     except OSError as error:
         raise DataError(
             f"{folder}: {error.strerror}; expected a run's folder with manifest.json and "
             "history.jsonl"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{folder}: damaged manifest or history ({error})") from None
+    if not all(isinstance(part, dict) for part in (manifest, *lines)):
+        raise DataError(f"{folder}: damaged manifest or history; expected JSON objects")
     if "received" not in manifest:
         raise DataError(f"{folder}: its manifest has no `received`; the run is of an older fedseg")
     return manifest, lines
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path.name} has more than {_MOST_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def _claims(manifest: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> Iterator[_Claim]:
@@ -165,7 +192,7 @@ def _claims(manifest: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> 
             yield from _claimed(site, line["round"], told)
         for site, received in line.get("scored", {}).get("received", {}).items():
             yield from _claimed(site, line["round"], {"received": received})
-        for told in line.get("late", ()):
+        for told in (*line.get("late", ()), *line.get("unwaited", ())):
             yield from _claimed(told["site"], told["round"], told)
 
 
@@ -243,51 +270,6 @@ def _of_ledgers(
                     severity="note",
                     site=str(path),
                     round=entry.get("round"),
-                    what=f"line {entry['sequence']} ({entry['message']}) left, and the server "
+                    what=f"line {entry['sequence']} ({entry.get('message')}) left, and the server "
                     "doesn't say that it came: it was late, or the server was stopped",
                 )
-
-
-def _sums(
-    lines: Iterable[Mapping[str, Any]], by_hash: Mapping[str, Entry]
-) -> tuple[list[int], list[Problem]]:
-    """Hold sums of secure aggregation against the ledgers, where all sites' in a sum are there."""
-    shown, problems = [], []
-    for line, (kind, key, name) in itertools.product(lines, _SUMS):
-        secure = line.get(key, {})
-        if "in_sum" not in secure:  # there was none
-            continue
-        masked = _masked(line, kind, secure, by_hash)
-        if masked is None:
-            what = f"the {name} isn't shown: it takes the ledgers of all sites in it"
-            problems.append(Problem(severity="note", site="sum", round=line["round"], what=what))
-        elif wrong := _wrong(secure, masked):
-            what = f"the server's {name} isn't that of the ledgers: {', '.join(wrong)}"
-            problems.append(_error("sum", line["round"], what))
-        elif kind == "train":
-            shown.append(line["round"])
-    return shown, problems
-
-
-def _masked(
-    line: Mapping[str, Any], kind: str, secure: Mapping[str, Any], by_hash: Mapping[str, Entry]
-) -> list[Mapping[str, Any]] | None:
-    """What the ledgers say about the parts of a sum; None where one isn't there."""
-    if kind == "train":
-        received = {name: site.get("received", {}) for name, site in line["sites"].items()}
-    else:
-        received = secure["received"]
-    hashes = [received.get(name, {}).get(kind, {}).get("ledger", "") for name in secure["in_sum"]]
-    entries = [by_hash.get(one, {}) for one in hashes]
-    return [e["masked"] for e in entries] if all("masked" in e for e in entries) else None
-
-
-def _wrong(secure: Mapping[str, Any], masked: Sequence[Mapping[str, Any]]) -> list[str]:
-    wrong = []
-    if add_checksums([part["checksum"] for part in masked]) != secure["checksum"]:
-        wrong.append("checksum of the words")
-    for key, total in secure.get("sums", {}).items():
-        parts = math.fsum(part["numbers"][key] for part in masked)
-        if not math.isclose(total, parts, rel_tol=_CLOSE, abs_tol=1e-3):
-            wrong.append(key)
-    return wrong

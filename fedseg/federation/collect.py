@@ -24,6 +24,7 @@ __all__ = [
     "Inbox",
     "Update",
     "collect",
+    "plausible_training",
     "pull_late",
     "read_update",
     "site_line",
@@ -33,6 +34,11 @@ __all__ = [
 
 FORGET_AFTER = 2
 """Rounds after which a site that hasn't answered is asked again."""
+
+
+_MOST = 1e15
+_LEAST = {"cases": 1.0, "steps": 1.0, "loss": -_MOST, "first_loss": -_MOST}
+"""Bounds of what a site may say of its training; 0 where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +163,19 @@ def _read(arrival: Arrival, inbox: Inbox) -> tuple[Answer, dict[str, torch.Tenso
     answer = read_arrival(arrival, declared=TRAIN_METRICS)
     if answer.status != "ok":
         return answer, None
-    complete = set(answer.metrics) == set(TRAIN_METRICS) and answer.metrics["cases"] > 0
-    if answer.update is None or not complete:
+    if answer.update is None or not plausible_training(answer.metrics):
         return replace(answer, status="failed", reason=Reason.BAD_UPDATE, metrics={}), None
     parts = read_update(answer.update, inbox)
     if isinstance(parts, Reason):
         return replace(answer, status="failed", reason=parts, metrics={}), None
     return answer, parts
+
+
+def plausible_training(metrics: Mapping[str, float]) -> bool:
+    """Tell whether these can be numbers of a training: weights and losses are made of them."""
+    if set(metrics) != set(TRAIN_METRICS):
+        return False
+    return all(_LEAST.get(name, 0.0) <= value <= _MOST for name, value in metrics.items())
 
 
 def read_update(record: ArrayRecord, inbox: Inbox) -> dict[str, torch.Tensor] | Reason:

@@ -47,28 +47,35 @@ def read_arrival(arrival: Arrival, *, declared: Collection[str]) -> Answer:
     return read_answer(arrival.message, declared=declared)
 
 
-def exchange(grid: Grid, messages: Mapping[str, Message], *, deadline: float) -> Iterator[Arrival]:
+def exchange(
+    grid: Grid,
+    messages: Mapping[str, Message],
+    *,
+    deadline: float,
+    hurried: Collection[str] = (),
+) -> Iterator[Arrival]:
     """Push all messages at once; yield one arrival a site, late ones last.
 
     Args:
         grid: Flower's grid.
         messages: One message for each site.
         deadline: Seconds from now after which a site is late.
+        hurried: Sites that are late as soon as all others have answered.
     """
     began = time.monotonic()
     ids = list(grid.push_messages(list(messages.values())))
-    return _arrivals(grid, dict(zip(messages, ids, strict=True)), began, deadline)
+    return _arrivals(grid, dict(zip(messages, ids, strict=True)), began, deadline, set(hurried))
 
 
 def _arrivals(
-    grid: Grid, open_ids: dict[str, str], began: float, deadline: float
+    grid: Grid, open_ids: dict[str, str], began: float, deadline: float, hurried: set[str]
 ) -> Iterator[Arrival]:
     while open_ids:
         for site, message_id in list(open_ids.items()):
             for reply in grid.pull_messages([message_id]) if message_id else ():
                 del open_ids[site]
                 yield Arrival(site=site, message=reply, seconds=time.monotonic() - began)
-        if not open_ids or time.monotonic() - began > deadline:
+        if set(open_ids) <= hurried or time.monotonic() - began > deadline:
             break
         time.sleep(poll_pause(time.monotonic() - began))
     for site, message_id in open_ids.items():

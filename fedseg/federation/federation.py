@@ -21,7 +21,14 @@ from fedseg.messages import ARRAYS, BUFFERS, CONFIG, Task, study_text
 from fedseg.peers import Peers
 from fedseg.segmentation.sharing import SplitState, split_state
 
-__all__ = ["Federation", "ServerEvaluation", "Summary", "messages_to", "outside_rounds"]
+__all__ = [
+    "Federation",
+    "ServerEvaluation",
+    "Summary",
+    "Unread",
+    "messages_to",
+    "outside_rounds",
+]
 
 Summary = dict[str, float | int | None]
 
@@ -31,6 +38,21 @@ class ServerEvaluation(Protocol):
 
     def __call__(self, network: nn.Module, *, distances: bool = False) -> dict[str, Summary]:
         """Return name of a set of cases to its summary; surface distances only if asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unread:
+    """A message whose answer wasn't waited for, or not any longer.
+
+    Attributes:
+        site: Name of the site.
+        round: The round.
+        busy: Whether the site may still be at work on it.
+    """
+
+    site: str
+    round: int
+    busy: bool
 
 
 @dataclass
@@ -50,6 +72,7 @@ class Federation:
         progress: How far the run is.
         tell: Is told each line of the history, once it is written.
         received: What came outside the rounds, for `manifest.json`.
+        unread: Messages by id whose answers nobody waits for; see `secure_round.take_unread`.
     """
 
     grid: Grid
@@ -64,6 +87,7 @@ class Federation:
     progress: Progress = field(default_factory=Progress)
     tell: Callable[[Mapping[str, Any]], None] = lambda _: None
     received: list[dict[str, Any]] = field(default_factory=list)
+    unread: dict[str, Unread] = field(default_factory=dict)
 
     def split(self) -> SplitState:
         """Split the global model's state into shared, local and integer tensors."""

@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedseg.errors import REASONS, Reason, StudyError
@@ -16,7 +17,7 @@ from fedseg.federation.spending import can_pay
 from fedseg.federation.strategies import strategy_state
 from fedseg.federation.train_round import train_round
 from fedseg.messages import PERSONAL, Answer
-from fedseg.segmentation.metrics import add, empty_sums, summarise
+from fedseg.segmentation.metrics import add, empty_sums, plausible, summarise
 from fedseg.segmentation.model_file import save_model
 
 __all__ = ["personal_models", "run_rounds"]
@@ -152,8 +153,12 @@ def _ask(federation: Federation, number: int, *, final: bool = False) -> Iterato
 def _answers(
     arrivals: Iterable[Arrival], *, declared: Collection[str]
 ) -> Iterator[tuple[str, Answer]]:
+    """Each site's sums; those that no cases can have are no answer."""
     for arrival in arrivals:
-        yield arrival.site, read_arrival(arrival, declared=declared)
+        answer = read_arrival(arrival, declared=declared)
+        if answer.status == "ok" and not plausible(answer.metrics):
+            answer = replace(answer, status="failed", reason=Reason.BAD_UPDATE, metrics={})
+        yield arrival.site, answer
 
 
 def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 
 from fedseg.errors import REASONS, ProtocolError, Reason, StudyError
 from fedseg.federation.collect import FORGET_AFTER, site_line
-from fedseg.federation.federation import Federation, outside_rounds
+from fedseg.federation.federation import Federation, Unread, outside_rounds
 from fedseg.federation.flat import layout_of
 from fedseg.federation.secure_site import COMPARED, SUMMED
 from fedseg.federation.secure_sum import Summing, forget, masked_sum
@@ -26,9 +26,10 @@ from fedseg.privacy.roster import Party
 from fedseg.privacy.secagg_server import RunningSum
 from fedseg.privacy.secagg_wire import Purpose
 from fedseg.privacy.words_checksum import checksum
-from fedseg.segmentation.metrics import empty_sums, summarise
+from fedseg.receipts import receipt_of
+from fedseg.segmentation.metrics import empty_sums, plausible, summarise
 
-__all__ = ["secure_change", "secure_personal", "secure_scores", "take_late"]
+__all__ = ["secure_change", "secure_personal", "secure_scores", "take_late", "take_unread"]
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +129,17 @@ def secure_scores(
     Args:
         federation: The federation.
         number: The round.
-        entries: Entries of the history's line: `federated` and `scored` are set.
+        entries: Entries of the history's line: `federated` and `scored` are set, and for each site
+            that gave no metrics the reason, `no_metrics`.
         meanwhile: Called while the sites score.
     """
     if "failed" in entries:
         meanwhile()
         return
-    entries["scored"], sums = _scored(federation, number, "evaluate", meanwhile)
+    account, sums = _scored(federation, number, "evaluate", meanwhile)
+    for name, reason in account.pop("no_metrics").items():
+        entries["sites"].setdefault(name, {})["no_metrics"] = reason
+    entries["scored"] = account
     entries["federated"] = summarise(sums) if sums else {}
 
 
@@ -148,7 +153,8 @@ def secure_personal(federation: Federation) -> dict[str, Any] | None:
     number = federation.progress.round
     account, sums = _scored(federation, number, "final", lambda: None)
     for name, received in account["received"].items():
-        federation.received += outside_rounds(name, received, final=True)
+        reason = account["no_metrics"].get(name)
+        federation.received += outside_rounds(name, received, reason=reason, final=True)
     if not sums:
         return None
     own = {key: sums[PERSONAL + key] for key in empty_sums()}
@@ -173,26 +179,53 @@ def _scored(
         size = LIMBS * len(SUMMED[purpose])
         party, total = masked_sum(going, size, lambda _: content, once)
         sums = _numbers(party, total, purpose)
+        if not plausible({key.removeprefix(PERSONAL): value for key, value in sums.items()}):
+            raise ProtocolError("sums: got what no cases have; a site sent other words")
     except ProtocolError as error:
         log.warning("round %d: no scores of the sites: %s", number, error)
-        return {"failed": str(error), "received": _received(going)}, {}
+        return {"failed": str(error), **_by_site(going, number)}, {}
     finally:
         once()
         forget(going)
-        for name, line in sorted(going.lines.items()):
-            if line["status"] != "ok":
-                reason = REASONS[Reason(line["reason"] or "error")]
-                log.warning("round %d: %s gave no metrics: %s", number, name, reason)
-    return {**_account(going, party, total), "received": _received(going)}, sums
+        federation.unread |= {
+            message_id: Unread(site=name, round=number, busy=True)
+            for name, message_id in going.late.items()
+        }
+    return {**_account(going, party, total), **_by_site(going, number)}, sums
 
 
-def _received(going: Summing) -> dict[str, Any]:
-    """Receipts of each site's answers, for the audit."""
-    return {name: line["received"] for name, line in sorted(going.lines.items())}
+def _by_site(going: Summing, number: int) -> dict[str, Any]:
+    """Receipts of each site's answers, for the audit; and why a site gave no metrics."""
+    lines = sorted(going.lines.items())
+    why = {name: line["reason"] or "error" for name, line in lines if line["status"] != "ok"}
+    for name, reason in why.items():
+        log.warning("round %d: %s gave no metrics: %s", number, name, REASONS[Reason(reason)])
+    return {"received": {name: line["received"] for name, line in lines}, "no_metrics": why}
+
+
+def take_unread(federation: Federation, number: int) -> list[dict[str, Any]]:
+    """Receipts, for the audit, of answers that came when nobody waited for them any more.
+
+    Args:
+        federation: The federation; what is unread for too long is forgotten.
+        number: The round that begins, or the one that ended.
+    """
+    found = []
+    for message_id, asked in list(federation.unread.items()):
+        replies: Collection[Message] = list(federation.grid.pull_messages([message_id]))
+        if replies or number - asked.round > FORGET_AFTER:
+            del federation.unread[message_id]
+        for reply in replies:
+            if not reply.has_error():
+                receipt = receipt_of(reply).entry()
+                found.append({"site": asked.site, "round": asked.round, "received": receipt})
+    return found
 
 
 def take_late(federation: Federation, number: int, entries: dict[str, Any]) -> None:
     """Write down whose answers to an earlier round came late; their masks can't be taken off."""
+    if unwaited := take_unread(federation, number):
+        entries["unwaited"] = unwaited
     late = federation.progress.late
     for name, (asked, message_id) in sorted(late.items()):
         replies: Collection[Message] = list(federation.grid.pull_messages([message_id]))

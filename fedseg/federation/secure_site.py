@@ -23,11 +23,12 @@ from fedseg.privacy.clipping import clip_factor
 from fedseg.privacy.fixed_point import LIMBS, effective_weight, encode_numbers, encode_values
 from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.identity import read_identity
+from fedseg.privacy.policy import Departure, check_departure
 from fedseg.privacy.roster import Terms
 from fedseg.privacy.secagg_masks import Words
 from fedseg.privacy.secagg_state import State
 from fedseg.privacy.secagg_wire import Begin, Purpose, unpack
-from fedseg.privacy.sent_once import check_unsent, note_sending
+from fedseg.privacy.sent_once import check_unsent, note_sending, note_step
 from fedseg.privacy.words_checksum import checksum
 from fedseg.registry import resolve
 from fedseg.segmentation.metrics import empty_sums
@@ -56,6 +57,9 @@ nothing about the global model: it was scored before, and twice over different s
 site's own."""
 
 WORDS = "words"
+
+Step = tuple[State, bytes]
+"""State after a step, and its answer."""
 
 _STATE = "secagg"
 _ROUNDING = 23
@@ -120,20 +124,31 @@ def _keys(message: Message, context: Context, study: StudyConfig) -> Message:
     return _answer(message, context, state, data)
 
 
+def _answer_once(
+    message: Message, context: Context, site: Site, terms: Terms, before: State, found: Step
+) -> Message:
+    """Answer a step, unless another process has answered it from the same state."""
+    after, data = found
+    key = before.adverts[max(before.index, 0)].mask
+    note_step(site.config.cache, site.name, terms, after.stage, key)
+    return _answer(message, context, after, data)
+
+
 def _shares(message: Message, context: Context, study: StudyConfig) -> Message:
     site = open_site(context.node_config, study, make_phantoms=False)
     _, pinned = read_identity(site.config)
     state = _loaded(context)
-    state, data = secagg.share(
+    terms = _terms(message, study, state.purpose)
+    found = secagg.share(
         state,
         protocol_data(message),
-        _terms(message, study, state.purpose),
+        terms,
         pinned=pinned,
         least=max(LEAST_SITES, study.federation.min_sites),
     )
-    if len(state.adverts) <= site.config.policy.min_peers:  # here they can be counted
+    if len(found[0].adverts) <= site.config.policy.min_peers:  # here they can be counted
         raise SiteError(Reason.POLICY_MIN_PEERS)
-    return _answer(message, context, state, data)
+    return _answer_once(message, context, site, terms, state, found)
 
 
 def _confirm(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -141,8 +156,8 @@ def _confirm(message: Message, context: Context, study: StudyConfig) -> Message:
     signer, _ = read_identity(site.config)
     state = _loaded(context)
     terms = _terms(message, study, state.purpose)
-    state, data = secagg.confirm(state, protocol_data(message), terms, signer=signer)
-    return _answer(message, context, state, data)
+    found = secagg.confirm(state, protocol_data(message), terms, signer=signer)
+    return _answer_once(message, context, site, terms, state, found)
 
 
 def _unmask(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -150,8 +165,8 @@ def _unmask(message: Message, context: Context, study: StudyConfig) -> Message:
     _, pinned = read_identity(site.config)
     state = _loaded(context)
     terms = _terms(message, study, state.purpose)
-    state, data = secagg.reveal(state, protocol_data(message), terms, pinned=pinned)
-    return _answer(message, context, state, data)
+    found = secagg.reveal(state, protocol_data(message), terms, pinned=pinned)
+    return _answer_once(message, context, site, terms, state, found)
 
 
 def _forget(message: Message, context: Context, study: StudyConfig) -> Message:
@@ -196,6 +211,7 @@ def masked_answer(
     metrics: Mapping[str, float],
 ) -> Reply:
     """Bound, weigh, encode and mask an update and its numbers; nothing leaves but masked words."""
+    _judge(site, study, "train", metrics)
     terms = _terms(message, study, "train")
     encoding = secagg.party(state, terms).encoding
     values = flatten(update, layout_of(update)).numpy()
@@ -227,10 +243,20 @@ def masked_sums(
     """Encode and mask the numbers of an evaluation; nothing leaves but masked words."""
     terms = _terms(message, study, state.purpose)
     encoding = secagg.party(state, terms).encoding
+    _judge(site, study, "evaluate", {k: sums[k] for k in SUMMED[state.purpose] if k in sums})
     known = {**sums, COMPARED: float(PERSONAL + "kept" in sums)}
     numbers = {key: known.get(key, 0.0) for key in SUMMED[state.purpose]}
     words = encode_numbers(list(numbers.values()), encoding)
     return _masked(message, context, site, state, terms, words, {"masked": {"numbers": numbers}})
+
+
+def _judge(site: Site, study: StudyConfig, kind: str, numbers: Mapping[str, float]) -> None:
+    """Judge numbers before they are masked: it is the study that chose the mask, not the site.
+
+    Raises:
+        SiteError: The site's policy doesn't let them leave.
+    """
+    check_departure(site.config.policy, Departure(kind=kind, study=study, metrics=dict(numbers)))
 
 
 def _masked(

@@ -6,7 +6,7 @@ any stage; below the threshold it fails by `ProtocolError`.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,11 +18,12 @@ from fedseg.arrays import array_bytes, arrays_to_state
 from fedseg.errors import ProtocolError, Reason, TooFewSites
 from fedseg.federation.collect import site_line
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
-from fedseg.federation.federation import Federation
+from fedseg.federation.federation import Federation, Unread
 from fedseg.federation.secure_site import WORDS, terms_of
 from fedseg.federation.sites import KnownSite
 from fedseg.messages import ARRAYS, CONFIG, Answer, protocol_record
 from fedseg.privacy import secagg_server
+from fedseg.privacy.graph import LEAST_SITES
 from fedseg.privacy.roster import Party, party_of
 from fedseg.privacy.secagg_server import RunningSum
 from fedseg.privacy.secagg_wire import Purpose
@@ -195,8 +196,19 @@ def forget(going: Summing) -> None:
     asked = replace(going, sites=going.open)
     messages = {name: _message(asked, name, "query.secagg_forget") for name in going.open}
     going.down = asked.down
-    if messages:
-        list(exchange(going.federation.grid, messages, deadline=0))
+    for arrival in exchange(going.federation.grid, messages, deadline=0) if messages else ():
+        receipt = read_arrival(arrival, declared=()).receipt
+        if receipt is not None:
+            going.lines[arrival.site]["received"].update(receipt.entry())
+        else:
+            _leave_unread(going, arrival)
+
+
+def _leave_unread(going: Summing, arrival: Arrival) -> None:
+    """Remember a message that isn't answered yet, to read the answer when there is one."""
+    if arrival.message is None and arrival.message_id:
+        unread = Unread(site=arrival.site, round=going.number, busy=False)
+        going.federation.unread[arrival.message_id] = unread
 
 
 def _message(
@@ -227,10 +239,20 @@ def _ask(
 
     settings = going.federation.study.federation
     deadline = min(settings.round_deadline, settings.connect_deadline)
-    for arrival in exchange(going.federation.grid, messages, deadline=deadline):
+    hurried = _busy(going, messages)
+    for arrival in exchange(going.federation.grid, messages, deadline=deadline, hurried=hurried):
         _read(going, arrival, keep, note=note)
+        _leave_unread(going, arrival)
     going.seconds[stage] = round(time.monotonic() - began, 3)
     return {name: found[name] for name in sorted(found)}
+
+
+def _busy(going: Summing, asked: Collection[str]) -> set[str]:
+    """Who may still be at work on an earlier message, as long as the others are enough."""
+    federation = going.federation
+    busy = {unread.site for unread in federation.unread.values() if unread.busy} & set(asked)
+    enough = max(LEAST_SITES, federation.study.federation.min_sites)
+    return busy if len(asked) - len(busy) >= enough else set()
 
 
 def _read(

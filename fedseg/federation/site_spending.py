@@ -20,7 +20,7 @@ from fedseg.config import StudyConfig
 from fedseg.data.measure import scan_contents
 from fedseg.data.node import Site
 from fedseg.data.plan import Plan
-from fedseg.errors import LedgerError, Reason, SiteError
+from fedseg.errors import ConfigError, LedgerError, Reason, SiteError
 from fedseg.messages import Task
 from fedseg.privacy.accountant import Mechanism, epsilon_of
 from fedseg.privacy.ledger import Entry, append_judged, read
@@ -39,7 +39,7 @@ def check_spending(site: Site, study: StudyConfig, plan: Plan) -> None:
     """Check, before anything is trained, that the site's policy lets its data spend this.
 
     Raises:
-        SiteError: Its policy's `max-epsilon` would be passed.
+        SiteError: Its policy's `max-epsilon` would be passed, or what counts it isn't installed.
         LedgerError: Its ledger doesn't hold together.
     """
     if _mechanism(study, plan) is not None:
@@ -91,7 +91,10 @@ def _spending(
     )
     before[mechanism] += 1
     delta = min(study.privacy.delta, _DELTA)
-    epsilon = epsilon_of(list(before.items()), delta=delta)
+    try:
+        epsilon = epsilon_of(list(before.items()), delta=delta)
+    except ConfigError as error:
+        raise SiteError(Reason.ACCOUNTANT_MISSING, str(error)) from None
     most = site.config.policy.max_epsilon
     if most is not None and epsilon > most:
         raise SiteError(

@@ -54,7 +54,7 @@ class Departure:
         kind: Of the message it answers.
         study: The study config.
         size: Bytes of arrays, fingerprint and protocol message.
-        metrics: Numbers in the clear, by name.
+        metrics: Numbers by name; also those that leave only as a part of a masked sum.
         fingerprint: Whether a fingerprint is in it.
         norm: L2 norm of the update as it leaves, None where there is none or it is masked.
         noise: Standard deviation of the noise in it.

@@ -1,4 +1,4 @@
-"""A site's memory of what it has sent masked: each round's words leave it once, whatever happens.
+"""A site's memory of what it has sent: each round's words leave it once, and each step's answer.
 
 A server that gets the sum of one round twice, over different sites, has the difference: what one of
 them sent, for training and scoring from the same model are repeatable. So a site writes down what
@@ -13,11 +13,11 @@ from pathlib import Path
 from fedseg.errors import Reason, SiteError
 from fedseg.privacy.roster import Terms
 
-__all__ = ["check_unsent", "note_sending"]
+__all__ = ["check_unsent", "note_sending", "note_step"]
 
 
-def _entry(cache: Path, name: str, terms: Terms) -> Path:
-    return cache / "sent" / terms.run / (name or "site") / f"{terms.round}-{terms.purpose}"
+def _entry(cache: Path, name: str, terms: Terms, step: str = "") -> Path:
+    return cache / "sent" / terms.run / (name or "site") / f"{terms.round}-{terms.purpose}{step}"
 
 
 def check_unsent(cache: Path, name: str, terms: Terms) -> None:
@@ -42,7 +42,27 @@ def note_sending(cache: Path, name: str, terms: Terms) -> None:
         SiteError: They have left already.
         OSError: It can't be written; then nothing may leave.
     """
-    entry = _entry(cache, name, terms)
+    _note(_entry(cache, name, terms))
+
+
+def note_step(cache: Path, name: str, terms: Terms, step: str, key: bytes) -> None:
+    """Write down, durably, that the answer to a step leaves now.
+
+    Args:
+        cache: The site's cache folder.
+        name: The site's own name.
+        terms: Study run, round and purpose.
+        step: The step.
+        key: The site's own public key: a round that is begun anew has another.
+
+    Raises:
+        SiteError: One has left already.
+        OSError: It can't be written; then nothing may leave.
+    """
+    _note(_entry(cache, name, terms, f"-{step}-{key.hex()[:32]}"))
+
+
+def _note(entry: Path) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
     try:
         entry.touch(exist_ok=False)

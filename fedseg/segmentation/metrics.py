@@ -29,6 +29,7 @@ __all__ = [
     "add",
     "case_counts",
     "empty_sums",
+    "plausible",
     "score",
     "summarise",
     "sums_of_case",
@@ -46,6 +47,8 @@ livers it takes 5, which hardly tells good models apart)."""
 
 _COUNTS = ("tp", "fp", "fn")
 _LESIONS = "tumor.lesions."
+_MOST = 1e15
+"""More than any sum over a site's cases has: as many voxels are in ten million scans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +177,23 @@ def add(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for key in total:
             total[key] += part.get(key, 0.0)
     return total
+
+
+def plausible(sums: Mapping[str, float]) -> bool:
+    """Tell whether these can be sums over cases: then `summarise` makes finite numbers of them.
+
+    What a site sends is checked by this: below 0, or no whole number where cases, voxels or lesions
+    are counted, it would divide by 0.
+    """
+    if not set(empty_sums()) <= set(sums):
+        return False
+    for name, value in sums.items():
+        signed = name.endswith("volume_error_ml.sum")
+        if not (-_MOST if signed else 0) <= value <= _MOST:
+            return False
+        if not name.endswith(".sum") and value != int(value):
+            return False
+    return True
 
 
 def summarise(sums: Mapping[str, float]) -> dict[str, float | int | None]:

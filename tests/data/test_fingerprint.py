@@ -202,7 +202,8 @@ def test_json_round_trip_and_numbers_only() -> None:
     [
         {"histograms": {"patient": {}}},
         {"histograms": {"liver.hu": {"mass": [1.0], "groups": [], "count": 1}}},
-        {"histograms": {"liver.hu": {"mass": [], "groups": [10**6], "count": 1}}},
+        {"histograms": {"liver.hu": {"mass": [], "groups": [], "count": 1}}},
+        {"histograms": {"liver.hu": {"mass": [], "groups": [10**6], "count": 0}}},
         {"ct": -1},
         {"ct": 1e30},
         {"device": "tpu"},
@@ -217,6 +218,13 @@ def test_a_hostile_fingerprint_is_refused(change: dict[str, Any]) -> None:
         Fingerprint.from_json(json.dumps(values))
     with pytest.raises(ConfigError, match="bytes"):
         Fingerprint.from_json("[" * 10**6)
+
+
+def test_sums_of_many_sites_may_pass_the_bounds_of_one() -> None:
+    values = json.loads(fingerprint(ALL).to_json())
+    values["histograms"]["liver.hu"]["count"] = 10**7
+    large = Fingerprint.from_json(json.dumps(values))
+    assert add_fingerprints([large] * 3)["liver.hu"].count == 3 * 10**7
 
 
 def test_empty_histograms_read_as_nothing() -> None:

@@ -13,6 +13,8 @@ from test_tls import make_certificates, make_node_key
 from fedseg.errors import Reason
 from fedseg.federation.audit import audit_run
 from fedseg.privacy.ledger import read
+from fedseg.sections import kebab
+from fedseg.site_config import PolicyConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -34,8 +36,14 @@ RULES = {
 }
 """A line of `[policy]` for each round, and the reason that the server must get."""
 
+NO_FINGERPRINT = "share-fingerprint = false"
+
 BROKEN_OTHERWISE = {Reason.POLICY_ERROR, Reason.POLICY_FINGERPRINT, Reason.POLICY_EVALUATION_CASES}
 """Reasons that no round's training can have: two are told of elsewhere, one is a bug."""
+
+
+NOT_REFUSALS = {"min-count", "fingerprint-min-cases", "fingerprint-epsilon"}
+"""Keys that change what a fingerprint shows; see `data/test_fingerprint`, `data/test_node`."""
 
 
 def set_rule(folder: Path, rule: str) -> None:
@@ -60,7 +68,7 @@ def next_rule_each_round(folder: Path, ledger: Path) -> Iterator[None]:
                 at = rounds
 
     # Before the first round a rule that forbids the fingerprint.
-    set_rule(folder, "share-fingerprint = false")
+    set_rule(folder, NO_FINGERPRINT)
     thread = threading.Thread(target=watch)
 
     def after_fingerprint() -> bool:
@@ -83,6 +91,8 @@ def test_every_rule(workplace: Workplace, phantoms: Path) -> None:
         None,
         *(reason for reason in Reason if reason.refused),
     }
+    tripped = {line.split(" = ")[0] for line in (*RULES, NO_FINGERPRINT)}
+    assert tripped == {kebab(key) for key in PolicyConfig.model_fields} - NOT_REFUSALS
     keys = workplace.root / "keys"
     make_certificates(keys)
     workplace.superlink(

@@ -1,5 +1,6 @@
 """Tests of the audit: a run's record against the ledgers, and every way to tamper with either."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -9,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spoilt import spoilt
 
-from fedseg.errors import DataError
+from fedseg.errors import DataError, LedgerError
 from fedseg.federation.audit import audit_run
 from fedseg.privacy.ledger import append, read, verify
 
 Run = Callable[..., Any]
 NAMES = ("aachen", "bonn", "chemnitz")
+OWN = ("sequence", "time", "previous", "hash")
+"""What the ledger itself adds to a line."""
 
 
 @dataclass
@@ -97,8 +103,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object], *, at: int
     change(entries[at])
     path.unlink()
     for entry in entries:
-        own = ("sequence", "time", "previous", "hash")
-        append(path, {key: value for key, value in entry.items() if key not in own})
+        append(path, {key: value for key, value in entry.items() if key not in OWN})
 
 
 def trained(path: Path, number: int = 1) -> int:
@@ -173,6 +178,7 @@ class TestHonestRuns:
         assert not found.problems
         lines = sum(len(read(path)) for path in made.ledgers)
         assert sum(found.matched.values()) == lines
+        assert found.scores == [1, 2]
         assert set(found.matched) == set(NAMES)
 
     def test_secure_aggregation_shows_the_sum(self, finished: Callable[..., Study]) -> None:
@@ -190,6 +196,14 @@ class TestHonestRuns:
         notes = [str(problem) for problem in found.problems]
         assert [n for n in notes if "bonn: none of the ledgers is its" in n]
         assert [n for n in notes if "round 2: the sum isn't shown" in n]
+
+    def test_scores_over_all_sites_take_all_ledgers(self, finished: Callable[..., Study]) -> None:
+        made = finished()
+        found = audit_run(made.folder, made.ledgers[:2])
+        assert found.clean
+        assert found.scores == []
+        notes = [str(problem) for problem in found.problems]
+        assert [n for n in notes if "scores: those over all sites in rounds 1, 2 aren't shown" in n]
 
     def test_late_update_is_a_note(self, study: Callable[..., Study]) -> None:
         def silent(message: Any) -> Any:
@@ -270,6 +284,41 @@ class TestTampering:
         assert "bonn, round 2" in error
         assert told in error
 
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (
+                lambda line: line["federated"].update({"liver.dice": 0.99}),
+                "error: scores, round 2: the scores over all sites aren't those of the ledgers: "
+                "liver.dice",
+            ),
+            (lambda line: line["federated"].pop("tumor.recall"), "tumor.recall"),
+            (
+                lambda line: line["sites"]["bonn"]["metrics"].update({"liver.dice": 0.99}),
+                "bonn, round 2: evaluate: the server has other scores",
+            ),
+            (
+                lambda line: line["sites"]["bonn"].update(no_metrics="deadline", metrics={}),
+                "bonn, round 2: evaluate: the server has other scores",
+            ),
+        ],
+        ids=["better", "one less", "a site's", "a site left out"],
+    )
+    def test_server_with_other_scores(
+        self, finished: Callable[..., Study], change: Callable[[dict[str, Any]], object], told: str
+    ) -> None:
+        made = finished()
+        edit_history(made.folder, 2, change)
+        (error, *_) = made.errors()
+        assert told in error
+        assert audit_run(made.folder, made.ledgers).scores == [1]
+
+    def test_server_with_other_scores_of_a_sum(self, finished: Callable[..., Study]) -> None:
+        made = finished(secure=True)
+        edit_history(made.folder, 2, lambda line: line["federated"].update({"liver.dice": 0.99}))
+        (error,) = made.errors()
+        assert "round 2: the server's sum of scores isn't that of the ledgers: liver.dice" in error
+
     def test_server_that_moves_an_update_to_another_round(
         self, finished: Callable[..., Study]
     ) -> None:
@@ -314,6 +363,84 @@ class TestTampering:
 
         made = study(reply={2: change})
         assert [e for e in made.errors() if "bonn, round 1: train: the server has SHA-256" in e]
+
+
+class TestFuzzing:
+    """Record and ledgers come from others: whatever they say, the audit tells it in one line."""
+
+    @pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+    def test_spoilt_records(self, finished: Callable[..., Study], secure: bool) -> None:
+        made = finished(secure=secure)
+        manifest = json.loads((made.folder / "manifest.json").read_text())
+        history = [json.loads(x) for x in (made.folder / "history.jsonl").read_text().splitlines()]
+
+        @given(data=st.data())
+        @settings(max_examples=150, deadline=None)
+        def spoil(data: st.DataObject) -> None:
+            record = {"manifest": manifest, "lines": history}
+            name = data.draw(st.sampled_from(["manifest", "lines"]))
+            record[name] = data.draw(spoilt(record[name]))
+            lines = record["lines"] if isinstance(record["lines"], list) else [record["lines"]]
+            (made.folder / "manifest.json").write_text(json.dumps(record["manifest"]))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (made.folder / "history.jsonl").write_text(text)
+            with contextlib.suppress(DataError):
+                audit_run(made.folder, made.ledgers).to_json()
+
+        spoil()
+
+    @pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+    def test_spoilt_ledgers(self, finished: Callable[..., Study], secure: bool) -> None:
+        """Written anew, so that the chain holds, and known to the server by their hashes."""
+        made = finished(secure=secure)
+        entries = read(made.ledgers[0])
+        record = {
+            path: path.read_text()
+            for path in (made.folder / "manifest.json", made.folder / "history.jsonl")
+        }
+
+        @given(data=st.data())
+        @settings(max_examples=60, deadline=None)
+        def spoil(data: st.DataObject) -> None:
+            at = data.draw(st.integers(0, len(entries) - 1))
+            made.ledgers[0].unlink(missing_ok=True)
+            hashes = {}
+            for place, entry in enumerate(entries):
+                own = {key: value for key, value in entry.items() if key not in OWN}
+                changed = data.draw(spoilt(own)) if place == at else own
+                if not isinstance(changed, dict) or set(changed) & set(OWN):
+                    changed = {"kind": "left"}
+                with contextlib.suppress(LedgerError):  # what is no plain JSON isn't written
+                    hashes[entry["hash"]] = append(made.ledgers[0], changed)["hash"]
+            for path, text in record.items():
+                for old, new in hashes.items():
+                    text = text.replace(old, new)
+                path.write_text(text)
+            with contextlib.suppress(DataError):
+                audit_run(made.folder, made.ledgers).to_json()
+
+        spoil()
+
+    @given(st.binary(max_size=300))
+    @settings(max_examples=200, deadline=None)
+    def test_bytes_that_are_no_ledger(
+        self, tmp_path_factory: pytest.TempPathFactory, data: bytes
+    ) -> None:
+        path = tmp_path_factory.mktemp("any") / "ledger.jsonl"
+        path.write_bytes(data)
+        with contextlib.suppress(LedgerError):
+            assert verify(path).entries == []
+
+    def test_deep_and_long_records_are_one_line(self, tmp_path: Path) -> None:
+        for text in ("[" * 100_000, '{"a":' * 100_000):
+            (tmp_path / "manifest.json").write_text(text)
+            (tmp_path / "history.jsonl").write_text("")
+            with pytest.raises(DataError, match="damaged"):
+                audit_run(tmp_path, [])
+        with (tmp_path / "manifest.json").open("wb") as file:
+            file.truncate(2**31)
+        with pytest.raises(DataError, match="more than"):
+            audit_run(tmp_path, [])
 
 
 def test_other_folders_are_no_run(tmp_path: Path) -> None:

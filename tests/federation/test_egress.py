@@ -95,6 +95,55 @@ def test_refused_metrics_are_named_and_leave_the_model_alone(
     assert {(e["status"], e["reason"]) for e in told} == {("refused", "policy-metrics")}
 
 
+SECURE = {
+    "federation.sites": 3,
+    "federation.min-sites": 2,
+    "federation.rounds": 1,
+    "privacy.secure-aggregation": True,
+    "federation.guard": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("policy.min-evaluation-cases", 2, "policy-min-evaluation-cases"),
+        ("policy.metrics", "training", "policy-metrics"),
+    ],
+)
+def test_scores_are_judged_before_they_are_masked(
+    key: str, value: Any, reason: str, run_study: Run, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    """A study that masks scores doesn't get what the site's policy holds back."""
+    sites[3][key] = value
+    folder, grid = run_study(sites, SECURE)
+    line = history(folder)[1]
+    assert line["sites"]["chemnitz"]["status"] == "ok" and line["secagg"]["summed"] == 3
+    assert line["sites"]["chemnitz"]["no_metrics"] == reason
+    assert line["scored"]["in_sum"] == ["aachen", "bonn"] and line["federated"]["cases"] == 2
+    asked = [m for m in from_site(grid, 3) if m.metadata.message_type == "evaluate"]
+    assert len(asked) == 2 and all("update" not in m.content for m in asked)
+    told = [e for e in read(tmp_path / "chemnitz.jsonl") if e["message"] == "evaluate"]
+    assert {(e["status"], e["reason"]) for e in told} == {("refused", reason)}
+    # The sites' own models are scored by a sum of its own, after the last round.
+    received = json.loads((folder.path / "manifest.json").read_text())["received"]
+    final = {e["site"]: e["reason"] for e in received if e.get("final")}
+    assert final == {"aachen": None, "bonn": None, "chemnitz": reason}
+
+
+def test_numbers_of_training_are_judged_before_they_are_masked(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    sites[3]["policy.metrics"] = "liver,tumor,cases"
+    folder, grid = run_study(sites, SECURE)
+    line = history(folder)[1]
+    site = line["sites"]["chemnitz"]
+    assert (site["status"], site["reason"]) == ("refused", "policy-metrics")
+    assert line["secagg"]["in_sum"] == ["aachen", "bonn"]
+    trained = [m for m in from_site(grid, 3) if m.metadata.message_type == "train"]
+    assert trained and all("update" not in m.content for m in trained)
+
+
 def test_refusal_of_the_fingerprint_is_in_the_manifest(
     run_study: Run, sites: dict[int, Any]
 ) -> None:
@@ -118,14 +167,7 @@ def test_peers_are_counted_in_the_roster_of_secure_aggregation(
                 message.content["config"]["sites"] = 10
         return real(messages)
 
-    config = {
-        "federation.sites": 3,
-        "federation.min-sites": 2,
-        "federation.rounds": 1,
-        "privacy.secure-aggregation": True,
-        "federation.guard": False,
-        "federation.personal": False,
-    }
+    config = {**SECURE, "federation.personal": False}
     real: Any = None
 
     def wrap(grid: Any) -> None:

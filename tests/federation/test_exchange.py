@@ -39,6 +39,18 @@ def test_late_sites_come_last_without_a_message() -> None:
     assert arrivals[1].seconds >= 0.3
 
 
+def test_who_is_hurried_is_late_once_all_others_have_answered() -> None:
+    network = FakeNetwork({"a": 10**9, "b": 5, "c": 1})
+    messages = {site: SimpleNamespace(id=site) for site in "abc"}
+    arrivals = list(exchange(network, messages, deadline=30, hurried="ac"))  # type: ignore[arg-type]
+    assert [(a.site, a.message is None) for a in arrivals] == [
+        ("c", False),
+        ("b", False),
+        ("a", True),
+    ]
+    assert arrivals[2].seconds < 5 and arrivals[2].message_id == "a"
+
+
 def test_pauses_are_short_at_first_and_never_a_larger_share_of_the_wait_than_needed() -> None:
     waits = [0.0, 0.5, 4.0, 10.0, 40.0, 3600.0]
     pauses = [poll_pause(wait) for wait in waits]

@@ -105,6 +105,24 @@ def test_record_dp_trains_and_is_accounted_by_steps(run_study: Run, sites: Any) 
     assert torch.isfinite(moved(folder)).all() and moved(folder).any()
 
 
+@pytest.mark.parametrize(("name", "side", "depth"), [("attention-unet", 16, 3), ("unet++", 32, 5)])
+def test_record_dp_trains_the_other_networks(
+    name: str, side: int, depth: int, run_study: Run, sites: Any
+) -> None:
+    config = {
+        **RECORD,
+        "model.name": name,
+        "model.width": 2,
+        "model.depth": depth,
+        "train.patch-size": f"{side},{side},{side}",
+        "train.steps-per-epoch": 1,
+        "federation.rounds": 1,
+    }
+    folder, _ = run_study(sites, config)
+    assert {site["status"] for site in history(folder)[1]["sites"].values()} == {"ok"}
+    assert torch.isfinite(moved(folder)).all() and moved(folder).any()
+
+
 def test_record_dp_draws_and_noises_anew_each_time(run_study: Run, sites: Any) -> None:
     config = {**RECORD, "federation.rounds": 1}
     one, other = (moved(run_study(sites, config)[0]) for _ in range(2))

@@ -5,6 +5,7 @@ what is between them: one site's update.
 """
 
 import contextlib
+import copy
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from safetensors.torch import load_file
 from test_crash import one_run
-from test_secure_round import NAMES, SECURE
+from test_secure_round import NAMES, SECURE, keys_for
 
 from fedseg import client_app
 from fedseg.config import StudyConfig
@@ -140,3 +141,37 @@ def test_what_another_process_sent_meanwhile_is_not_sent_again(
     assert line["secagg"]["summed"] == 3
     (refused,) = [m for m in grid.received if "update" not in m.content and is_train(m)]
     assert not refused.content.array_records and "secagg" not in refused.content
+
+
+@pytest.mark.parametrize("step", ["shares", "confirm", "unmask"])
+def test_a_server_that_asks_twice_at_once_gets_one_answer(
+    step: str, run_study: Run, sites: dict[int, Any], home: Path
+) -> None:
+    """Each message has a process of its own, and each of these the state as it was before both.
+
+    Of two lists of survivors at once the server would have both shares of who is in one of them.
+    """
+    keys_for(sites, home)
+    answers = []
+
+    @contextlib.contextmanager
+    def twice(message: Message) -> Iterator[None]:
+        if message.metadata.message_type == f"query.secagg_{step}":
+            context = run_study.grid._contexts[1]  # type: ignore[attr-defined]
+            state = RecordDict({name: copy.deepcopy(r) for name, r in context.state.items()})
+            same = Context(context.run_id, 1, context.node_config, state, context.run_config)
+            answers.append(read_answer(client_app.app(message, same), declared=()))
+        yield
+
+    config = {**SECURE, "federation.rounds": 1}
+    folder, grid = run_study(sites, config, around={1: twice})
+    kind = f"query.secagg_{step}"
+    second = [
+        read_answer(m, declared=())
+        for m in grid.received
+        if m.metadata.message_type == kind and m.metadata.src_node_id == 1
+    ]
+    assert {(answer.status, answer.reason) for answer in answers} == {("ok", None)}
+    assert {(answer.status, answer.reason) for answer in second} == {("failed", "sent-already")}
+    assert all(answer.protocol is None for answer in second)
+    assert history(folder.path)[1]["secagg"]["summed"] == (3 if step == "shares" else 4)

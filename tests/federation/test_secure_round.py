@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, StudyError
 from fedseg.federation import train_round
+from fedseg.federation.audit import audit_run
 from fedseg.federation.compare_run import run_steps
 from fedseg.federation.secure_site import SUMMED
 from fedseg.segmentation.models import build_model
@@ -256,6 +257,74 @@ def test_below_the_threshold_a_round_has_no_scores_and_the_run_goes_on(
     assert first["secagg"]["summed"] == 4 and first["federated"] == {}
     assert "expected at least 3" in first["scored"]["failed"]
     assert second["federated"]["cases"] == 4 and keeps_no_secret(grid)
+
+
+def busy_with_scoring(grid: Any, node: int) -> None:
+    """Let a node be at work on the scores of round 1 until the others train for round 2."""
+    real, busy = grid.pull_messages, False
+
+    def number(message: Message) -> int:
+        return int(message.content["config"]["server-round"])
+
+    def pull(message_ids: Any) -> Any:
+        nonlocal busy
+        message = grid._pending.get(message_ids[0])
+        if message is not None and message.metadata.dst_node_id == node:
+            busy |= message.metadata.message_type == "evaluate" and number(message) == 1
+            trained = [m for m in grid.sent if m.metadata.message_type == "train"]
+            if busy and not any(number(m) == 2 for m in trained):
+                return []
+        return real(message_ids)
+
+    grid.pull_messages = pull
+
+
+def test_a_late_scorer_delays_no_round_and_its_answer_is_read_in_the_end(
+    run_study: Run, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    ledgers = {node: tmp_path / f"{node}.jsonl" for node in sites}
+    for node, config in sites.items():
+        config["ledger"] = str(ledgers[node])
+
+    def first(message: Message) -> Message:
+        if message.metadata.message_type == "query.hello":
+            busy_with_scoring(run_study.grid, 4)  # type: ignore[attr-defined]
+        return message
+
+    config = {**SECURE, "federation.round-deadline": 5.0, "federation.rounds": 3}
+    folder, _ = run_study(sites, config, reply={1: first})
+    _, one, two, three = history(folder)
+    assert one["secagg"]["summed"] == 4
+    assert one["scored"]["summed"] == 3
+    assert one["sites"]["dortmund"]["no_metrics"] == "deadline"
+    # Three are enough: nobody waits until the fourth is done with what it does.
+    assert two["secagg"]["summed"] == 3 and two["secagg"]["seconds"]["keys"] < 4
+    assert two["sites"]["dortmund"]["status"] == "late"
+    assert three["secagg"]["summed"] == 4
+    came = {(told["site"], kind) for told in three["unwaited"] for kind in told["received"]}
+    kinds = ("evaluate", "secagg_keys", "secagg_forget")
+    assert came == {("dortmund", kind) for kind in kinds}
+    found = audit_run(folder.path, list(ledgers.values()))
+    assert found.clean and not [p for p in found.problems if "doesn't say" in p.what]
+
+
+def test_where_all_are_late_with_scores_the_next_round_waits(
+    run_study: Run, sites: dict[int, Any]
+) -> None:
+    """Who is left alone would be too few: then it is better to wait."""
+
+    def first(message: Message) -> Message:
+        if message.metadata.message_type == "query.hello":
+            for node in (3, 4):
+                busy_with_scoring(run_study.grid, node)  # type: ignore[attr-defined]
+        return message
+
+    config = {**SECURE, "federation.round-deadline": 1.0}
+    folder, _ = run_study(sites, config, reply={1: first})
+    _, one, two = history(folder)
+    assert "failed" in one["scored"] and "failed" in two
+    waited = {name: site["seconds"] for name, site in two["sites"].items() if site["seconds"]}
+    assert waited["chemnitz"] > 1 and waited["dortmund"] > 1
 
 
 def test_personal_models_are_summed_too(

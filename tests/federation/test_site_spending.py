@@ -1,15 +1,20 @@
 """A site counts what its data spends over all studies, and stops where its policy says."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 from test_central_dp import history
 from test_local_and_record_dp import LOCAL, RECORD
 
+from fedseg import client_app
+from fedseg.errors import REASONS, Reason
 from fedseg.federation.site_spending import SPENT
 from fedseg.privacy.accountant import Mechanism, epsilon_of
 from fedseg.privacy.ledger import read
@@ -127,6 +132,24 @@ def test_a_ledger_that_was_edited_stops_the_site(run_study: Run, sites: Any) -> 
     folder, _ = run_study(sites, {**LOCAL, **ONE, "federation.min-sites": 1})
     assert history(folder)[1]["sites"]["bonn"]["status"] == "failed"
     assert history(folder)[1]["sites"]["bonn"]["reason"] == "ledger"
+
+
+def test_without_the_accountant_a_site_says_so_before_it_trains(
+    run_study: Run, sites: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def missing(message: Message) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "dp_accounting", None)
+            patch.setattr(client_app, "train_at_site", lambda *_: pytest.fail("it trained"))
+            yield
+
+    config = {**LOCAL, **ONE, "federation.min-sites": 1}
+    folder, _ = run_study(sites, config, around={2: missing})
+    site = history(folder)[1]["sites"]["bonn"]
+    assert (site["status"], site["reason"]) == ("failed", "accountant-missing")
+    assert "pip install 'fedseg[dp]'" in REASONS[Reason(site["reason"])]
+    assert spent(sites[2]) == []
 
 
 def test_with_central_noise_a_site_has_nothing_of_its_own_to_count(

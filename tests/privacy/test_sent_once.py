@@ -7,7 +7,7 @@ import pytest
 from protocol import terms
 
 from fedseg.errors import Reason, SiteError
-from fedseg.privacy.sent_once import check_unsent, note_sending
+from fedseg.privacy.sent_once import check_unsent, note_sending, note_step
 
 
 def sends(cache: Path, name: str = "aachen", **changed: object) -> bool:
@@ -43,6 +43,14 @@ def test_of_many_at_once_one_may_send(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         may = list(pool.map(lambda _: sends(tmp_path), range(64)))
     assert sum(may) == 1
+
+
+def test_each_step_with_one_key_is_answered_once(tmp_path: Path) -> None:
+    for step, key in (("shares", b"a" * 32), ("done", b"a" * 32), ("done", b"b" * 32)):
+        note_step(tmp_path, "aachen", terms(), step, key)
+        with pytest.raises(SiteError, match="once"):
+            note_step(tmp_path, "aachen", terms(), step, key)
+    check_unsent(tmp_path, "aachen", terms())  # a round that was only begun is begun anew
 
 
 def test_what_cannot_be_written_down_is_not_sent(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from read_page import Element, read_page, row_of
+from spoilt import spoilt
 from written_run import SITES, comparison, line, lines, write_history, write_run
 
 from fedseg.errors import StudyError
@@ -346,25 +347,6 @@ def test_a_report_that_cannot_be_written_is_one_line(folder: Path) -> None:
     with pytest.raises(StudyError, match=r"report.html: can't be written"):
         write_report(folder)
     assert not list(folder.glob(".report*"))
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@st.composite
-def spoilt(draw: st.DrawFn, valid: Any) -> Any:
-    """Something valid with a few values, at any depth, replaced by anything."""
-    if not isinstance(valid, dict | list) or draw(st.integers(0, 9)) == 0:
-        return draw(ANYTHING) if draw(st.integers(0, 9)) == 0 else valid
-    if isinstance(valid, list):
-        return [draw(spoilt(part)) for part in valid]
-    return {key: draw(spoilt(part)) for key, part in valid.items()}
 
 
 @settings(max_examples=25, suppress_health_check=list(HealthCheck), deadline=None)
