@@ -73,7 +73,7 @@ def processor() -> str:
     found = re.search(r"model name\s*: (.*)", text)
     flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
     cores = len(os.sched_getaffinity(0))
-    return f"{found.group(1) if found else platform.machine()}, {cores} cores, {', '.join(flags)}"
+    return ", ".join([found.group(1) if found else platform.machine(), f"{cores} cores", *flags])
 
 
 def write_result(name: str, text: str) -> None:

@@ -45,4 +45,4 @@ def compare(
     )
     print(json.dumps(found, indent=2) if as_json else comparison_text(found), end="")
     if not as_json:
-        print(f"Written: {folder / 'comparison.json'}")
+        print(f"Written: {folder / 'comparison.json'}; `fedseg report` takes it in")

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedseg.data.plan import REGIONS
 from fedseg.report.amounts import written
-from fedseg.report.table import drawn, ends, headed
+from fedseg.report.table import beside, drawn, ends, headed
 from fedseg.segmentation.comparison import FEDERATED, LOCAL
 
 __all__ = ["comparison_text"]
@@ -22,23 +22,19 @@ def comparison_text(found: Mapping[str, Any]) -> str:
 
 
 def _models(found: Mapping[str, Any]) -> str:
-    title = f"{found['steps']} steps each; mean over {found['cases']} held-out cases of all sites"
-    table = headed(title, ("model",), (*_HEADS, "worst site, liver", "worst site, tumor"))
+    title = (
+        f"Each model after {found['steps']} steps ({FEDERATED}: as many at each site); mean over "
+        f"{found['cases']} held-out cases of all sites"
+    )
+    table = headed(title, ("model",), _HEADS)
     for model, row in found["rows"].items():
         cells = [written(row.get(key), key.partition(".")[2]) for key in _COLUMNS]
-        table.add_row(_name(model), *cells, *(_worst(found, model, region) for region in REGIONS))
+        table.add_row(_name(model), *cells)
     return drawn(table)
 
 
 def _name(model: str) -> str:
     return f"{model.removeprefix(LOCAL)} alone" if model.startswith(LOCAL) else model
-
-
-def _worst(found: Mapping[str, Any], model: str, region: str) -> str:
-    entry = found["spread"][model].get(region)
-    if entry is None:
-        return "-"
-    return f"{entry['worst']} {entry['dice']:.3f}, best +{entry['spread']:.3f}"
 
 
 def _differences(found: Mapping[str, Any]) -> str:
@@ -62,10 +58,22 @@ def _differences(found: Mapping[str, Any]) -> str:
 
 
 def _matrix(found: Mapping[str, Any], region: str) -> str:
-    rows = {f"{site} alone": row for site, row in found["matrix"].items()} | found["per_site"]
+    rows = {LOCAL + site: row for site, row in found["matrix"].items()} | found["per_site"]
     sites = list(dict.fromkeys(site for row in rows.values() for site in row))
-    table = headed(f"{region} Dice on each site's held-out cases", ("model",), sites)
-    for model, row in rows.items():
-        cells = [written(row.get(site, {}).get(f"{region}.dice"), "dice") for site in sites]
-        table.add_row(model, *cells)
-    return drawn(table)
+    longest = [max(map(len, names)) * "-" for names in (map(_name, rows), sites)]
+    parts: list[str] = []
+    for shown in beside((*longest, "spread"), sites):
+        first = not parts
+        title = f"{region} Dice on each site's held-out cases, and its lowest" if first else ""
+        table = headed(title, ("model",), (*(("lowest", "spread") if first else ()), *shown))
+        for model, row in rows.items():
+            cells = [written(row.get(site, {}).get(f"{region}.dice"), "dice") for site in shown]
+            lowest = _lowest(found["spread"][model].get(region)) if first else ()
+            table.add_row(_name(model), *lowest, *cells)
+        parts.append(drawn(table))
+    return "".join(parts)
+
+
+def _lowest(entry: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Site with the lowest Dice, and how far the highest lies over it."""
+    return ("-", "-") if entry is None else (entry["worst"], written(entry["spread"], "dice"))

@@ -3,15 +3,21 @@
 __all__ = ["TEMPLATES"]
 
 _PARTS = """
+{% macro whole_words(text) %}
+{%- for word in text.split() %}{{ ' ' if not loop.first }}
+{%- if '-' in word %}<span class="whole">{{ word }}</span>{% else %}{{ word }}{% endif %}
+{%- endfor %}
+{%- endmacro %}
+
 {% macro data_table(table) %}
 <div class="scroll" role="region" tabindex="0" aria-label="{{ table.caption }}">
 <table class="numbers{{ ' shaded' if table.shaded }}">
 <caption>{{ table.caption }}</caption>
 <thead><tr><th scope="col">{{ table.corner }}</th>
-{%- for head in table.heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
+{%- for head in table.heads %}<th scope="col">{{ whole_words(head) }}</th>{% endfor %}</tr></thead>
 <tbody>
 {%- for name, cells in table.rows %}
-<tr><th scope="row">{{ name }}</th>
+<tr><th scope="row">{{ whole_words(name) }}</th>
 {%- for cell in cells %}
 {%- set share = '%.1f%%' % (100 * cell.share) if cell.share is not none else '' %}
 <td{% if table.shaded and share %} style="--share: {{ share }}"{% endif %}>

@@ -81,7 +81,7 @@ th, td {
 thead th { font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody th { font-weight: 500; white-space: nowrap; }
 .numbers td, .numbers thead th + th { text-align: right; }
-.numbers td, .short td:nth-child(2) { white-space: nowrap; }
+.numbers td, .short td:nth-child(2), .whole { white-space: nowrap; }
 tr { break-inside: avoid; }
 .bar {
   display: block; height: 4px; margin-top: 3px; background: var(--line); border-radius: 2px;

@@ -1,7 +1,7 @@
 """Tables of metrics as text: of a run's last round, of a folder's scores, of two models."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from fedseg.segmentation.lesions import BANDS
 from fedseg.segmentation.metrics import METRICS
 
 __all__ = [
+    "beside",
     "difference_table",
     "drawn",
     "ends",
@@ -35,10 +36,8 @@ _SHOWN = {
 }
 """Rows of a round's table; a row that wasn't measured is left out."""
 
-_SIDE_BY_SIDE = 8
-"""Columns that fit beside each other; a federation of more sites gets another table below."""
-
 _WIDTH = 120
+_LEAST = 7  # a number, as "123.45"
 
 
 def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = _WIDTH) -> str:
@@ -49,12 +48,33 @@ def metric_table(title: str, columns: Mapping[str, Summary], *, width: int = _WI
         columns: Name of a set of cases to its summary (see `metrics.summarise`).
         width: Characters.
     """
-    names = list(columns)
-    parts = []
-    for start in range(0, max(len(names), 1), _SIDE_BY_SIDE):
-        shown = {name: columns[name] for name in names[start : start + _SIDE_BY_SIDE]}
-        parts.append(drawn(_metric_part(title if start == 0 else "", shown), width))
+    metrics = {metric_name(metric) for shown in _SHOWN.values() for metric in shown}
+    left = ("region", max(metrics, key=len))
+    parts: list[str] = []
+    for names in beside(left, columns, width=width):
+        shown = {name: columns[name] for name in names}
+        parts.append(drawn(_metric_part(title if not parts else "", shown), width))
     return "".join(parts)
+
+
+def beside(
+    left: Iterable[str], names: Iterable[str], *, width: int = _WIDTH
+) -> Iterator[Sequence[str]]:
+    """Part columns into as many as fit beside each other; the rest gets another table below.
+
+    Args:
+        left: The longest text of each column on the left.
+        names: Heads of the columns that are parted, each of numbers.
+        width: Characters.
+    """
+    room = width - 1 - sum(len(text) + 3 for text in left)
+    part: list[str] = []
+    for name in names:
+        if part and sum(max(_LEAST, len(n)) + 3 for n in [*part, name]) > room:
+            yield part
+            part = []
+        part.append(name)
+    yield part
 
 
 def drawn(table: Table, width: int = _WIDTH) -> str:

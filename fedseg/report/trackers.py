@@ -9,7 +9,8 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def _tensorboard(folder: Path, study: StudyConfig) -> Iterator[Log]:
 @contextlib.contextmanager
 def _mlflow(folder: Path, study: StudyConfig) -> Iterator[Log]:
     """Write into `MLFLOW_TRACKING_URI`, else into a database `<run>/mlflow.db`."""
+    from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
@@ -173,17 +175,24 @@ def _mlflow(folder: Path, study: StudyConfig) -> Iterator[Log]:
     before = client.search_runs([experiment], f"tags.`fedseg.run` = '{folder.name}'")
     run = before[0] if before else client.create_run(experiment, tags=tag, run_name=folder.name)
     if not before:
-        for key, value in _settings(study).items():
-            client.log_param(run.info.run_id, key, value)
+        settings = [Param(key, value) for key, value in _settings(study).items()]
+        for part in _parts(settings):
+            client.log_batch(run.info.run_id, params=part)
 
     def write(number: int, found: Mapping[str, float]) -> None:
-        for key, value in found.items():
-            client.log_metric(run.info.run_id, key, value, step=number)
+        now = time.time_ns() // 1_000_000
+        for part in _parts([Metric(key, value, now, number) for key, value in found.items()]):
+            client.log_batch(run.info.run_id, metrics=part)
 
     try:
         yield write
     finally:
         client.set_terminated(run.info.run_id)
+
+
+def _parts(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Cut entries into what MLflow takes in one request: 100 parameters, 1000 metrics."""
+    yield from (entries[start : start + 100] for start in range(0, len(entries), 100))
 
 
 @contextlib.contextmanager

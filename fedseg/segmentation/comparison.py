@@ -135,7 +135,7 @@ def train_together(
         round_number=1,
         rounds=1,
         device=device,
-        on_step=log_progress(name, 1),
+        on_step=log_progress(name),
     )
     return network
 

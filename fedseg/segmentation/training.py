@@ -288,18 +288,12 @@ def steps_in_round(config: TrainConfig, cases: int, batch_size: int) -> int:
     return epoch * config.local_epochs
 
 
-def log_progress(site: str, round_number: int) -> OnStep:
-    """Make an `on_step` that logs about ten lines a round."""
+def log_progress(site: str, round_number: int | None = None) -> OnStep:
+    """Make an `on_step` that logs about ten lines a round; None: there are no rounds."""
+    what = site if round_number is None else f"{site} · round {round_number}"
 
     def on_step(step: int, steps: int, loss: torch.Tensor) -> None:
         if step == steps or step % max(1, steps // 10) == 0:
-            log.info(
-                "%s · round %d · step %d/%d · loss %.3f",
-                site,
-                round_number,
-                step,
-                steps,
-                float(loss),
-            )
+            log.info("%s · step %d/%d · loss %.3f", what, step, steps, float(loss))
 
     return on_step

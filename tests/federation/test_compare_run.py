@@ -59,14 +59,29 @@ def test_the_report_and_the_table_read_it(finished: Path) -> None:
     assert list(run.matrix) == ["aachen", "bonn"]
     text = comparison_text(found)
     for words in (
-        "2 steps each",
+        "after 2 steps",
         "aachen alone",
         "pooled",
         "federated",
-        "worst site",
+        "lowest ┃ spread ┃ aachen",
         "liver Dice",
     ):
         assert words in text
+
+
+def test_many_sites_with_long_names_stay_readable(finished: Path) -> None:
+    found = compare_run(finished, device=CPU, steps=1)
+    names = [f"university-hospital-of-town-{n:02d}" for n in range(9)]
+    row = found["matrix"]["bonn"]["bonn"]
+    found["matrix"] = {name: {other: row for other in names} for name in names}
+    found["per_site"] = {"federated": found["matrix"][names[0]]}
+    found["spread"] |= {f"local: {name}": found["spread"]["federated"] for name in names}
+    text = comparison_text(found)
+    assert "…" not in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+    for name in names:
+        assert text.count(f"│ {name} alone │") == text.count(f"│ {names[0]} alone │") > 0
+        assert sum(f"┃ {name} ┃" in line for line in text.splitlines()) == 2  # a matrix a region
 
 
 def test_the_command_prints_the_table_or_json(
@@ -83,8 +98,8 @@ def test_the_command_prints_the_table_or_json(
         if extra:
             assert json.loads(shown) == json.loads((finished / "comparison.json").read_text())
         else:
-            assert "1 steps each" in shown and "bonn alone" in shown
-            assert shown.splitlines()[-1] == f"Written: {finished / 'comparison.json'}"
+            assert "after 1 steps" in shown and "bonn alone" in shown
+            assert shown.splitlines()[-1].startswith(f"Written: {finished / 'comparison.json'};")
 
 
 def test_nothing_of_a_case_is_in_the_file(finished: Path) -> None:

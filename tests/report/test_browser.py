@@ -25,7 +25,13 @@ PROBE = """
 addEventListener("load", () => {
   const wide = [...document.querySelectorAll("body *")].filter(e =>
     !e.closest(".scroll") && e.getBoundingClientRect().right > innerWidth + 1);
-  document.title = `width ${innerWidth}, cut off: ${wide.map(e => e.tagName).join() || "nothing"}`;
+  const names = [...document.querySelectorAll(".whole")];
+  const torn = names.filter(e => e.getClientRects().length > 1);
+  const boxes = [...document.querySelectorAll(".scroll")];
+  document.title = `width ${innerWidth}, cut off: ${wide.map(e => e.tagName).join() || "nothing"}`
+    + `, page scrolls: ${document.documentElement.scrollWidth > innerWidth}`
+    + `, tables scroll: ${boxes.some(e => e.scrollWidth > e.clientWidth)}`
+    + `, names in two lines: ${torn.length} of ${names.length > 0 ? "some" : "none"}`;
 });
 </script>
 """
@@ -44,7 +50,11 @@ def browse(page: Path, profile: Path, *options: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(write_run(tmp_path_factory.mktemp("runs") / "2026-11-25T00-00-00-abcd"))
+    """One site has a name as long as a name may be, with hyphens."""
+    folder = write_run(tmp_path_factory.mktemp("runs") / "2026-11-25T00-00-00-abcd")
+    for file in (*folder.glob("*.json"), folder / "history.jsonl"):
+        file.write_text(file.read_text().replace("bonn", "university-hospital-bonn-venusberg"[:32]))
+    return write_report(folder)
 
 
 def test_opens_without_an_error_and_every_figure_has_its_text(report: Path, tmp_path: Path) -> None:
@@ -66,7 +76,10 @@ def test_an_error_would_be_noticed(report: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_cut_off(report: Path, tmp_path: Path, width: int) -> None:
-    """In a frame, for a browser's own window isn't as narrow as a phone."""
+    """In a frame, for a browser's own window isn't as narrow as a phone.
+
+    Tables that don't fit scroll in their own box, and a site's name stays in one line.
+    """
     content = report.read_text()
     inner = re.sub(r"<meta http-equiv[^>]*>", "", content).replace("</body>", PROBE + "</body>")
     (tmp_path / "inner.html").write_text(inner)
@@ -80,7 +93,10 @@ def test_nothing_is_cut_off(report: Path, tmp_path: Path, width: int) -> None:
     content, console = browse(outer, tmp_path / "profile", *options)
     assert console == ""
     title = re.search("<title>(.*?)</title>", content)
-    assert title and title[1] == f"width {width}, cut off: nothing"
+    assert title and title[1] == (
+        f"width {width}, cut off: nothing, page scrolls: false, "
+        f"tables scroll: {str(width < 600).lower()}, names in two lines: 0 of some"
+    )
 
 
 def test_prints(report: Path, tmp_path: Path) -> None:
