@@ -8,7 +8,15 @@ from fedseg.federation.chunks import for_each_span
 from fedseg.federation.gram import squared_norms
 from fedseg.federation.spool import SpooledUpdate
 
-__all__ = ["Override", "combined", "fair_factors", "shares", "step_factors", "weighted_mean"]
+__all__ = [
+    "Override",
+    "combined",
+    "fair_factors",
+    "shares",
+    "step_factors",
+    "undiluted",
+    "weighted_mean",
+]
 
 Override = tuple[Sequence[tuple[int, int]], Sequence[float]]
 """Ranges `[start, stop)` of the flat vector, and the weights or factors that hold there."""
@@ -83,7 +91,38 @@ def shares(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def step_factors(weights: Sequence[float], steps: Sequence[float]) -> list[float]:
+MOST_ADDED = 0.5
+"""Of the step of the sites that annotate all regions, as a share; see `undiluted`."""
+
+
+def undiluted(weights: Sequence[float], complete: Sequence[bool]) -> list[float]:
+    """Factors by which sites that annotate a part of the regions add to the mean of the others.
+
+    In a plain mean the sites that see no tumour shorten the others' step towards it: with as many
+    of either kind it is half as long. Here the others' mean keeps its length:
+
+        change = sum_c w_c update_c / W_c + min(1/2, W_p / W_c) * sum_p w_p update_p / W_p
+
+    with c over the sites that annotate all regions, p over the rest, W the sums of the weights.
+    What all sites want grows by half at most.
+
+    Args:
+        weights: S weights, one of them greater than 0.
+        complete: For each site whether it annotates all regions; if none does, or all, the factors
+            are the shares of the weights.
+    """
+    whole = sum(weight for weight, full in zip(weights, complete, strict=True) if full)
+    rest = sum(weights) - whole
+    if not whole or not rest:
+        return shares(weights)
+    added = min(MOST_ADDED, rest / whole) / rest
+    return [
+        weight / whole if full else weight * added
+        for weight, full in zip(weights, complete, strict=True)
+    ]
+
+
+def step_factors(parts: Sequence[float], steps: Sequence[float]) -> list[float]:
     """Factors of step-normalised averaging: FedNova (Wang et al., NeurIPS 2020).
 
     A site that does more steps goes further, and pulls the plain mean to what it alone wants. Here
@@ -91,16 +130,15 @@ def step_factors(weights: Sequence[float], steps: Sequence[float]) -> list[float
 
         change = tau_eff * sum_i p_i d_i,  d_i = update_i / tau_i,  tau_eff = sum_i p_i tau_i
 
-    with p_i the share of the weights and tau_i the local steps. It is FedNova's own formula for
+    with p_i a site's part of the mean and tau_i its local steps. It is FedNova's own formula for
     local SGD; for SGD with momentum FedNova would count its steps by the momentum's geometric sum,
     and AdamW isn't in its theory: there this is plain averaging of mean steps.
 
     Args:
-        weights: S weights, one of them greater than 0.
+        parts: S factors of a mean, see `shares` and `undiluted`.
         steps: Local steps of each site, at least 1.
     """
-    parts = shares(weights)
-    effective = sum(part * count for part, count in zip(parts, steps, strict=True))
+    effective = sum(part * count for part, count in zip(shares(parts), steps, strict=True))
     return [part * effective / count for part, count in zip(parts, steps, strict=True)]
 
 

@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fedseg.config import StudyConfig
-from fedseg.federation.mean import Override, combined, fair_factors, step_factors, weighted_mean
+from fedseg.federation.mean import (
+    Override,
+    combined,
+    fair_factors,
+    shares,
+    step_factors,
+    undiluted,
+)
 from fedseg.federation.robust import bulyan, median, multikrum, trimmed_mean
 from fedseg.federation.spool import SpooledUpdate
 
@@ -28,8 +35,9 @@ def mean(study: StudyConfig, rows: Rows) -> Reducer:
     """Weighted mean; of the rows of tumour over the sites that annotate tumour."""
 
     def reduce(updates: Updates, weights: Weights, metrics: Metrics) -> torch.Tensor:
-        overrides = [(rows, other) for other in _annotating(rows, weights, metrics)]
-        return weighted_mean(updates, weights, overrides=overrides)
+        others = _annotating(rows, weights, metrics)
+        overrides = [(rows, shares(other)) for other in others]
+        return combined(updates, _parts(study, weights, metrics), overrides=overrides)
 
     return reduce
 
@@ -40,10 +48,18 @@ def fednova(study: StudyConfig, rows: Rows) -> Reducer:
     def reduce(updates: Updates, weights: Weights, metrics: Metrics) -> torch.Tensor:
         steps = [site["steps"] for site in metrics]
         others = _annotating(rows, weights, metrics)
-        overrides: list[Override] = [(rows, step_factors(other, steps)) for other in others]
-        return combined(updates, step_factors(weights, steps), overrides=overrides)
+        overrides: list[Override] = [(rows, step_factors(shares(other), steps)) for other in others]
+        parts = _parts(study, weights, metrics)
+        return combined(updates, step_factors(parts, steps), overrides=overrides)
 
     return reduce
+
+
+def _parts(study: StudyConfig, weights: Weights, metrics: Metrics) -> list[float]:
+    """Factors of the mean; by `annotated`, sites without tumour masks add to it."""
+    if study.federation.weighting != "annotated":
+        return shares(weights)
+    return undiluted(weights, [site["annotated"] > 1 for site in metrics])
 
 
 def _annotating(rows: Rows, weights: Weights, metrics: Metrics) -> list[list[float]]:

@@ -35,7 +35,7 @@ def inverse_steps(metrics: Mapping[str, float]) -> float:
 
 
 def annotated(metrics: Mapping[str, float]) -> float:
-    """Cases times the share of the regions that the site annotates; see also `reduce.mean`."""
+    """Cases times the share of the regions that the site annotates; see `mean.undiluted`, too."""
     return metrics["cases"] * metrics["annotated"] / len(REGIONS)
 
 

@@ -123,10 +123,16 @@ def oracle_reduce(
         lipschitz = 2 * loss.sum() / norms.sum()
         h = q * loss ** (q - 1) * lipschitz**2 * norms + lipschitz * loss**q
         return (lipschitz * loss**q) @ rows / h.sum()
+    part = weights / weights.sum()
+    if config.federation.weighting == "annotated" and weights[np.array(ANNOTATED) == 1].any():
+        part = (
+            weights / weights[np.array(ANNOTATED) == 2].sum()
+        )  # others add to these, at most half
+        part[np.array(ANNOTATED) == 1] *= min(1, 0.5 / part[np.array(ANNOTATED) == 1].sum())
     if name == "fednova":
-        share, steps = weights / weights.sum(), np.array(STEPS)
-        return (share @ steps) * (share @ (rows / steps[:, None]))
-    return np.average(rows, axis=0, weights=weights)
+        steps = np.array(STEPS)
+        return (part @ steps) / part.sum() * (part @ (rows / steps[:, None]))
+    return part @ rows
 
 
 class OracleServer:

@@ -50,7 +50,7 @@ def test_what_passes_for_training_gives_finite_weights(
     for weigh in WEIGHTINGS.values():
         weights = [weigh(metrics) for metrics in kept]
         if sum(weights) > 0:
-            factors = [*shares(weights), *step_factors(weights, [m["steps"] for m in kept])]
+            factors = [*shares(weights), *step_factors(shares(weights), [m["steps"] for m in kept])]
             assert np.isfinite(factors).all() and min(factors) >= 0
     for q in (0.0, 0.2, 5.0) if kept else ():
         assert np.isfinite(fair_factors(updates, [m["first_loss"] for m in kept], q=q)).all()

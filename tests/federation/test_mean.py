@@ -9,7 +9,14 @@ from updates import spooled
 
 from fedseg.federation.chunks import CHUNK
 from fedseg.federation.compression import SCHEMES
-from fedseg.federation.mean import combined, fair_factors, step_factors, weighted_mean
+from fedseg.federation.mean import (
+    combined,
+    fair_factors,
+    shares,
+    step_factors,
+    undiluted,
+    weighted_mean,
+)
 
 SIZE = 2 * CHUNK + 4321
 
@@ -60,12 +67,14 @@ def test_step_normalised_averaging_is_its_formula(tmp_path: Path) -> None:
     parts = weights / weights.sum()
     mean_steps = [vector / count for vector, count in zip(given, steps, strict=True)]
     expected = (parts @ steps) * np.average(mean_steps, axis=0, weights=weights)
-    found = combined(spooled(tmp_path, given), step_factors(weights.tolist(), steps.tolist()))
+    found = combined(
+        spooled(tmp_path, given), step_factors(shares(weights.tolist()), steps.tolist())
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_step_normalised_averaging_of_equal_steps_is_the_mean() -> None:
-    np.testing.assert_allclose(step_factors([1, 2, 5], [7, 7, 7]), [1 / 8, 2 / 8, 5 / 8])
+    np.testing.assert_allclose(step_factors(shares([1, 2, 5]), [7, 7, 7]), [1 / 8, 2 / 8, 5 / 8])
 
 
 def test_step_normalised_averaging_does_not_pull_to_who_does_more_steps() -> None:
@@ -73,7 +82,7 @@ def test_step_normalised_averaging_does_not_pull_to_who_does_more_steps() -> Non
     centres, steps, weights = np.array([0.0, 1.0]), [50, 5], [1.0, 1.0]
     left = (1 - 0.002) ** np.array(steps)
     reached = {}
-    for name, factors in (("mean", [0.5, 0.5]), ("fednova", step_factors(weights, steps))):
+    for name, factors in (("mean", [0.5, 0.5]), ("fednova", step_factors(shares(weights), steps))):
         x = 0.0
         for _ in range(2000):
             x += float(np.dot(factors, (centres - x) * (1 - left)))
@@ -101,3 +110,14 @@ def test_fair_factors_are_finite_where_nothing_is_lost_or_learnt(
 ) -> None:
     updates = spooled(tmp_path, [np.zeros(10), np.zeros(10)])
     assert np.isfinite(fair_factors(updates, [loss, loss], q=0.2)).all()
+
+
+def test_sites_that_see_no_tumour_add_to_the_mean_of_those_that_do() -> None:
+    assert undiluted([2, 1, 3], [True, False, False]) == [1, 1 / 8, 3 / 8]  # no more than half
+    assert undiluted([10, 1, 1], [True, False, False]) == [1, 0.1, 0.1]
+    assert undiluted([6, 2, 2], [True, True, False]) == [0.75, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_where_all_annotate_the_same_it_is_the_mean(complete: bool) -> None:
+    assert undiluted([1, 2, 5], [complete] * 3) == shares([1, 2, 5])
