@@ -1,5 +1,6 @@
 """`flwr run .` on one machine, as a researcher types it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -64,15 +65,35 @@ def failure(run: Run) -> str:
     return said[-1].removeprefix("fedseg: ")
 
 
-def test_phantoms(workplace: Workplace) -> None:
+@pytest.fixture(scope="module")
+def phantom_run(workplace: Workplace) -> Run:
     before = (CHECKOUT / "pyproject.toml").read_bytes()
     run = workplace.simulate(SMALL, sites=3)
-    check_run_folder(run, ["site-0", "site-1", "site-2"], rounds=2)
     assert (CHECKOUT / "pyproject.toml").read_bytes() == before
+    return run
+
+
+def test_phantoms(phantom_run: Run) -> None:
+    check_run_folder(phantom_run, ["site-0", "site-1", "site-2"], rounds=2)
     assert not (CHECKOUT / "uv.lock").exists()
-    for line in run.history():
+    for line in phantom_run.history():
         assert line["global"]["liver.dice"] is not None
         assert line["unseen"]["cases"] == 1
+
+
+def test_compare_and_report(workplace: Workplace, phantom_run: Run) -> None:
+    """The run's phantoms are made again: its model gets the scores that the sites sent."""
+    assert phantom_run.folder is not None
+    said = workplace.call("fedseg", "compare", phantom_run.folder)
+    assert "Each model after 4 steps" in said
+    found = json.loads((phantom_run.folder / "comparison.json").read_text())
+    alone = [f"local: site-{number}" for number in range(3)]
+    assert list(found["rows"]) == [*alone, "pooled", "federated"]
+    federated = phantom_run.history()[-1]["federated"]
+    assert found["rows"]["federated"] == pytest.approx(federated, nan_ok=True)
+    workplace.call("fedseg", "report", phantom_run.folder)
+    page = (phantom_run.folder / "report.html").read_text()
+    assert "all data in one place" in page
 
 
 def test_folder_that_is_split(workplace: Workplace, phantoms: Path) -> None:
