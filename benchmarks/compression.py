@@ -78,8 +78,8 @@ POINTS = (
     Point("fp16"),
     Point("int8"),
     Point("int4"),
+    Point("top-k", 0.3),
     Point("top-k", 0.1),
-    Point("top-k", 0.01),
     Point("int8", download="fp16"),
 )
 
