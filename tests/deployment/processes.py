@@ -243,7 +243,7 @@ class Workplace:
         self.processes.append(process)
         return process
 
-    def finish(self, process: Process, *, seconds: float = 240) -> int:
+    def finish(self, process: Process, *, seconds: float = 480) -> int:
         """Wait for a process to end and return its exit status."""
         wait_until(
             lambda: process.popen.poll() is not None, f"{process.name} ended", seconds=seconds
@@ -357,7 +357,7 @@ class Workplace:
             cwd=app if isinstance(app, Path) else None,
         )
 
-    def end(self, process: Process, *, where: str = "", seconds: float = 240) -> Run:
+    def end(self, process: Process, *, where: str = "", seconds: float = 480) -> Run:
         """Wait for the end of a run that was begun."""
         self.finish(process, seconds=seconds)
         output = process.text()
@@ -375,14 +375,14 @@ class Workplace:
         folder = latest.resolve() if latest.is_symlink() else None
         return Run(int(found[1]), ended, output, folder)
 
-    def simulate(self, config: Mapping[str, object], *, sites: int, seconds: float = 240) -> Run:
+    def simulate(self, config: Mapping[str, object], *, sites: int, seconds: float = 480) -> Run:
         """Simulate a study in the checkout."""
         federation = f"num-supernodes={sites} client-resources-num-cpus=1"
         begun = self.begin(config, "--federation-config", federation)
         return self.end(begun, seconds=seconds)
 
     def deploy(
-        self, config: Mapping[str, object], *, app: Path | str = CHECKOUT, seconds: float = 240
+        self, config: Mapping[str, object], *, app: Path | str = CHECKOUT, seconds: float = 480
     ) -> Run:
         """Run a study on the SuperLink and the SuperNodes of this workplace."""
         begun = self.begin(config, app=app, where=FEDERATION)

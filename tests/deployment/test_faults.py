@@ -58,7 +58,7 @@ class Hospitals:
         wait_until(
             lambda: process.popen.poll() is not None or said in self.nodes["basel"].text(),
             "basel trains",
-            seconds=120,
+            seconds=240,
         )
         assert process.popen.poll() is None, process.text()
 
@@ -128,7 +128,7 @@ def test_superlink_is_restarted_from_its_database_and_the_study_is_resumed(
     wait_until(
         lambda: "basel · round 2 · step" in hospitals.nodes["basel"].text()[said:],
         "basel trains",
-        seconds=120,
+        seconds=240,
     )
     hospitals.superlink.kill()
     hospitals.superlink = place.superlink(port=hospitals.port)

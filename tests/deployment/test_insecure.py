@@ -9,7 +9,7 @@ from processes import SMALL, Process, Run, Workplace, wait_until
 
 from fedseg.data.volumes import read_mask
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SITES = ("aachen", "basel")
 

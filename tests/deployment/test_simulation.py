@@ -10,7 +10,7 @@ from processes import CHECKOUT, SMALL, Run, Workplace
 from fedseg.segmentation.metrics import METRICS
 from fedseg.segmentation.model_file import load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FILES = ("config.json", "plan.json", "manifest.json", "history.jsonl")
 MODELS = ("model-last.safetensors", "model-best.safetensors")

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from processes import FEDERATION, SMALL, Process, Workplace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PEM = serialization.Encoding.PEM
 PLAIN = serialization.NoEncryption()
