@@ -128,10 +128,10 @@ def test_plug_is_pulled(workplace: Workplace, run: Run, nodes: dict[str, Process
     """Last in this file: one of its SuperNodes dies in the middle of a round."""
     config: dict[str, Any] = {
         **SMALL,
-        "train.steps-per-epoch": 400,
+        "train.steps-per-epoch": 200,
         "federation.sites": ",".join(SITES),
         "federation.min-sites": 1,
-        "federation.round-deadline": 30.0,
+        "federation.round-deadline": 60.0,
         "federation.evaluate-every": 2,
     }
     said = len(nodes["basel"].text())

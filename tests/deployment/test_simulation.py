@@ -143,7 +143,7 @@ def test_missing_folder_is_said_by_name_and_without_its_path(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     missing = {"data.source": "folder", "data.dir": str(tmp_path / "nowhere")}
-    run = workplace.simulate({**SMALL, **missing, "federation.connect-deadline": 15.0}, sites=2)
+    run = workplace.simulate({**SMALL, **missing, "federation.connect-deadline": 40.0}, sites=2)
     line = failure(run)
     assert line.startswith("sites: got 0")
     server = server_lines(run)
