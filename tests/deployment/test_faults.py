@@ -13,13 +13,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SITES = ("aachen", "basel")
 STUDY: dict[str, Any] = {
     **SMALL,
-    "train.steps-per-epoch": 300,
+    "train.steps-per-epoch": 150,
     "train.optimizer-state": "keep",
     "federation.rounds": 3,
     "federation.sites": ",".join(SITES),
     "federation.compression": "int8",
     "federation.shared": "all-but-norm",
-    "federation.round-deadline": 30.0,
+    "federation.round-deadline": 45.0,
     "federation.connect-deadline": 90.0,
     "federation.evaluate-every": 3,
 }

@@ -186,8 +186,8 @@ def test_evaluate_and_report(workplace: Workplace, run: Run, scans: Path, predic
     found = [
         json.loads(said[said.index("{") :])
         for said in (
-            workplace.call(*evaluate, "--model", run.folder, "--device", "cpu", seconds=200),
-            workplace.call(*evaluate, "--predictions", predicted),
+            workplace.call(*evaluate, "--model", run.folder, "--device", "cpu", seconds=400),
+            workplace.call(*evaluate, "--predictions", predicted, seconds=400),
         )
     ]
     assert found[0]["all"] == pytest.approx(found[1]["all"])
