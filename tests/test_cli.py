@@ -397,7 +397,10 @@ def test_evaluate_skips_bad_cases_and_says_so(fedseg: Run, site: Path, model: Pa
     one_line(err, "no such folder; correct the path")
 
 
-def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+def test_debug_shows_where_an_error_came_from(fedseg: Run, tmp_path: Path) -> None:
+    code, _, err = fedseg("check", tmp_path)
+    assert code == 2
+    one_line(err, f"{tmp_path}: no known layout; expected one of")
     start = "from fedseg.cli import main; main()"
     command = [sys.executable, "-c", start, "check", str(tmp_path), "--debug"]
     loud = subprocess.run(command, capture_output=True, text=True, check=False)

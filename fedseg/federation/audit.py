@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedseg.errors import DataError, LedgerError
-from fedseg.federation.audit_sums import Problem, check_scores, check_sums
+from fedseg.federation.audit_sums import Problem, check_scores, check_sums, wrong_at
 from fedseg.federation.egress import LEFT
 from fedseg.privacy.ledger import Entry, verify
 
@@ -88,9 +88,9 @@ def audit_run(folder: Path, ledgers: Sequence[Path]) -> Audit:
     problems = []
     for path in ledgers:
         try:
-            files[path] = _read_ledger(path)
+            files[path] = [e for e in verify(path).entries if e.get("kind") == LEFT]
         except LedgerError as error:
-            problems.append(_error(str(path), None, str(error).removeprefix(f"{path}: ")))
+            problems.append(wrong_at(str(path), None, str(error).removeprefix(f"{path}: ")))
     try:
         found = _audited(manifest, lines, files, run=str(manifest.get("run", folder.name)))
     except _MALFORMED as error:
@@ -113,12 +113,12 @@ def _audited(
     by_hash: dict[str, Entry] = {}
     problems = []
     for path, entries in files.items():
-        by_hash |= {entry["hash"]: entry for entry in entries if _whole(entry)}
-        problems += [
-            _error(str(path), None, f"line {entry['sequence']} isn't as fedseg writes it")
-            for entry in entries
-            if entry["hash"] in claimed and not _whole(entry)
-        ]
+        for entry in entries:
+            if _whole(entry):
+                by_hash[entry["hash"]] = entry
+            elif entry["hash"] in claimed:
+                what = f"line {entry['sequence']} isn't as fedseg writes it"
+                problems.append(wrong_at(str(path), None, what))
     known = {claim.site for claim in claims if claim.ledger in by_hash}
     problems += [p for claim in claims if claim.site in known for p in _check(claim, by_hash, run)]
     problems += _of_ledgers(files, claims, run)
@@ -140,15 +140,6 @@ def _audited(
     scores, unlike = check_scores(lines, by_hash)
     problems += [*wrong, *unlike]
     return Audit(run=run, matched=matched, sums=sums, scores=scores, problems=problems)
-
-
-def _read_ledger(path: Path) -> list[Entry]:
-    """What left by a ledger.
-
-    Raises:
-        LedgerError: It doesn't hold together.
-    """
-    return [entry for entry in verify(path).entries if entry.get("kind") == LEFT]
 
 
 def _whole(entry: Entry) -> bool:
@@ -216,15 +207,11 @@ def _part(entry: Mapping[str, Any], *keys: str) -> dict[str, str]:
     return {key: str(entry.get(key)) for key in keys}
 
 
-def _error(site: str, number: int | None, what: str) -> Problem:
-    return Problem(severity="error", site=site, round=number, what=what)
-
-
 def _check(claim: _Claim, by_hash: Mapping[str, Entry], run: str) -> Iterator[Problem]:
     """Hold one claim against the line whose hash came with the answer."""
     entry = by_hash.get(claim.ledger)
     if entry is None:
-        yield _error(
+        yield wrong_at(
             claim.site,
             claim.round,
             f"{claim.kind}: the line whose hash the server got isn't in the ledger: it was "
@@ -232,7 +219,7 @@ def _check(claim: _Claim, by_hash: Mapping[str, Entry], run: str) -> Iterator[Pr
         )
         return
     if entry["sha256"] != claim.sha256:
-        yield _error(
+        yield wrong_at(
             claim.site,
             claim.round,
             f"{claim.kind}: the server has SHA-256 {claim.sha256}, the ledger {entry['sha256']}",
@@ -240,15 +227,15 @@ def _check(claim: _Claim, by_hash: Mapping[str, Entry], run: str) -> Iterator[Pr
     told = (entry["message"], entry.get("run", run), entry.get("round", claim.round))
     expected = (claim.kind, run, claim.round if claim.round is not None else told[2])
     if told != expected:
-        yield _error(claim.site, claim.round, f"{claim.kind}: the ledger says it was {told}")
+        yield wrong_at(claim.site, claim.round, f"{claim.kind}: the ledger says it was {told}")
     sent = entry["records"].get("metrics", {}).get("values", {})
     if claim.numbers and dict(claim.numbers) != sent:
-        yield _error(
+        yield wrong_at(
             claim.site, claim.round, f"{claim.kind}: the server has other numbers of training"
         )
     size = entry["records"].get("update", {}).get("bytes", 0)
     if claim.size is not None and claim.size != size:
-        yield _error(
+        yield wrong_at(
             claim.site, claim.round, f"{claim.kind}: the server got {claim.size} bytes, {size} left"
         )
 
@@ -260,7 +247,7 @@ def _of_ledgers(
     claimed = {claim.ledger for claim in claims}
     for path, entries in files.items():
         if not any(entry["hash"] in claimed for entry in entries):
-            yield _error(
+            yield wrong_at(
                 str(path), None, f"the server has no hash of any line: not a ledger of run {run}"
             )
             continue

@@ -14,7 +14,7 @@ from fedseg.privacy.ledger import Entry
 from fedseg.privacy.words_checksum import add_checksums
 from fedseg.segmentation.metrics import add, plausible, summarise
 
-__all__ = ["Problem", "check_scores", "check_sums"]
+__all__ = ["Problem", "check_scores", "check_sums", "wrong_at"]
 
 _SUMS = (("train", "secagg", "sum"), ("evaluate", "scored", "sum of scores"))
 """Kind of message, key in the history's line, and what it is in words."""
@@ -45,6 +45,11 @@ class Problem:
         return f"{self.severity}: {where}: {self.what}"
 
 
+def wrong_at(site: str, number: int | None, what: str) -> Problem:
+    """Make an error of a site, or of a ledger, in a round."""
+    return Problem(severity="error", site=site, round=number, what=what)
+
+
 def check_sums(
     lines: Iterable[Mapping[str, Any]], by_hash: Mapping[str, Entry]
 ) -> tuple[list[int], list[Problem]]:
@@ -68,7 +73,7 @@ def check_sums(
             problems.append(Problem(severity="note", site="sum", round=line["round"], what=what))
         elif wrong := _wrong(line, secure, masked):
             what = f"the server's {name} isn't that of the ledgers: {', '.join(wrong)}"
-            problems.append(Problem(severity="error", site="sum", round=line["round"], what=what))
+            problems.append(wrong_at("sum", line["round"], what))
         elif kind == "train":
             shown.append(line["round"])
     return shown, problems
@@ -145,7 +150,7 @@ def check_scores(
             missing.append(str(line["round"]))
         elif unlike := _unlike(line["federated"], summarise(add(sent))):
             what = f"the scores over all sites aren't those of the ledgers: {', '.join(unlike)}"
-            wrong.append(Problem(severity="error", site="scores", round=line["round"], what=what))
+            wrong.append(wrong_at("scores", line["round"], what))
         elif not wrong:
             shown.append(line["round"])
         problems += wrong
@@ -165,7 +170,7 @@ def _of_sites(line: Mapping[str, Any], entries: Mapping[str, Entry | None]) -> I
         if entry is None or not _unlike(told, summarise(add([sums])) if sums else {}):
             continue
         what = "evaluate: the server has other scores than those of the numbers that left"
-        yield Problem(severity="error", site=name, round=line["round"], what=what)
+        yield wrong_at(name, line["round"], what)
 
 
 def _sent(entry: Entry) -> Mapping[str, float] | None:

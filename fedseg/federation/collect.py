@@ -17,6 +17,7 @@ from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.flat import Layout, flatten
 from fedseg.federation.spool import open_update, spool
 from fedseg.messages import TRAIN_METRICS, Answer
+from fedseg.segmentation.metrics import MOST_SUM
 
 __all__ = [
     "FORGET_AFTER",
@@ -31,13 +32,10 @@ __all__ = [
     "spooled_before",
 ]
 
-
 FORGET_AFTER = 2
 """Rounds after which a site that hasn't answered is asked again."""
 
-
-_MOST = 1e15
-_LEAST = {"cases": 1.0, "steps": 1.0, "loss": -_MOST, "first_loss": -_MOST}
+_LEAST = {"cases": 1.0, "steps": 1.0, "loss": -MOST_SUM, "first_loss": -MOST_SUM}
 """Bounds of what a site may say of its training; 0 where none is named."""
 
 
@@ -175,7 +173,7 @@ def plausible_training(metrics: Mapping[str, float]) -> bool:
     """Tell whether these can be numbers of a training: weights and losses are made of them."""
     if set(metrics) != set(TRAIN_METRICS):
         return False
-    return all(_LEAST.get(name, 0.0) <= value <= _MOST for name, value in metrics.items())
+    return all(_LEAST.get(name, 0.0) <= value <= MOST_SUM for name, value in metrics.items())
 
 
 def read_update(record: ArrayRecord, inbox: Inbox) -> dict[str, torch.Tensor] | Reason:

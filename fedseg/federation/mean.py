@@ -15,7 +15,6 @@ __all__ = [
     "shares",
     "step_factors",
     "undiluted",
-    "weighted_mean",
 ]
 
 Override = tuple[Sequence[tuple[int, int]], Sequence[float]]
@@ -65,28 +64,8 @@ def _sum(
             part.add_(update.chunk(start, stop), alpha=factor)
 
 
-def weighted_mean(
-    updates: Sequence[SpooledUpdate],
-    weights: Sequence[float],
-    *,
-    overrides: Sequence[Override] = (),
-) -> torch.Tensor:
-    """Average the updates (McMahan et al., AISTATS 2017).
-
-    Args:
-        updates: S updates of one size, in site order.
-        weights: S weights of at least 0, one of them greater.
-        overrides: Other weights for parts of the vector.
-
-    Returns:
-        The mean float32 `[N]`.
-    """
-    scaled = [(ranges, shares(other)) for ranges, other in overrides]
-    return combined(updates, shares(weights), overrides=scaled)
-
-
 def shares(weights: Sequence[float]) -> list[float]:
-    """Divide weights by their sum."""
+    """Divide weights by their sum: factors of the mean (McMahan et al., AISTATS 2017)."""
     total = sum(weights)
     return [weight / total for weight in weights]
 

@@ -59,7 +59,11 @@ def _parts(study: StudyConfig, weights: Weights, metrics: Metrics) -> list[float
     """Factors of the mean; by `annotated`, sites without tumour masks add to it."""
     if study.federation.weighting != "annotated":
         return shares(weights)
-    return undiluted(weights, [site["annotated"] > 1 for site in metrics])
+    return undiluted(weights, _sees_tumor(metrics))
+
+
+def _sees_tumor(metrics: Metrics) -> list[bool]:
+    return [site["annotated"] > 1 for site in metrics]
 
 
 def _annotating(rows: Rows, weights: Weights, metrics: Metrics) -> list[list[float]]:
@@ -70,8 +74,7 @@ def _annotating(rows: Rows, weights: Weights, metrics: Metrics) -> list[list[flo
     if not rows:
         return []
     found = [
-        weight if site["annotated"] > 1 else 0.0
-        for weight, site in zip(weights, metrics, strict=True)
+        weight if sees else 0.0 for weight, sees in zip(weights, _sees_tumor(metrics), strict=True)
     ]
     return [found] if sum(found) > 0 else []
 

@@ -22,6 +22,7 @@ from fedseg.segmentation.surface import SURFACE_METRICS, surface_metrics
 
 __all__ = [
     "METRICS",
+    "MOST_SUM",
     "OVERLAP_METRICS",
     "TOLERANCE_MM",
     "VOLUME_METRICS",
@@ -47,7 +48,7 @@ livers it takes 5, which hardly tells good models apart)."""
 
 _COUNTS = ("tp", "fp", "fn")
 _LESIONS = "tumor.lesions."
-_MOST = 1e15
+MOST_SUM = 1e15
 """More than any sum over a site's cases has: as many voxels are in ten million scans."""
 
 
@@ -189,7 +190,7 @@ def plausible(sums: Mapping[str, float]) -> bool:
         return False
     for name, value in sums.items():
         signed = name.endswith("volume_error_ml.sum")
-        if not (-_MOST if signed else 0) <= value <= _MOST:
+        if not (-MOST_SUM if signed else 0) <= value <= MOST_SUM:
             return False
         if not name.endswith(".sum") and value != int(value):
             return False

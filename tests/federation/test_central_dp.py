@@ -20,7 +20,7 @@ from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, StudyError
 from fedseg.federation import rounds
 from fedseg.federation.central_dp import clipped, noised_mean, sensitivity
-from fedseg.federation.mean import weighted_mean
+from fedseg.federation.mean import combined, shares
 from fedseg.privacy.accountant import Mechanism, epsilon_of
 from fedseg.privacy.forecast import forecast
 from fedseg.segmentation.models import build_model
@@ -88,7 +88,7 @@ def test_the_release_is_the_noised_sum_by_the_planned_number(tmp_path: Path) -> 
     vectors = rng.standard_normal((3, 50_000)).astype(np.float32)
     updates = {update.site: update for update in spooled(tmp_path, list(vectors))}
     found = list(clipped(updates, 2.0).values())
-    mean = weighted_mean(found, [1.0] * 3)
+    mean = combined(found, shares([1.0] * 3))
     released = noised_mean(mean, study(clip=2.0), came=3, planned=5, key=KEY)
     bounded = vectors * (2.0 / np.linalg.norm(vectors, axis=1, keepdims=True))
     noise = released.numpy() * 5 - bounded.sum(0)

@@ -125,10 +125,9 @@ def oracle_reduce(
         return (lipschitz * loss**q) @ rows / h.sum()
     part = weights / weights.sum()
     if config.federation.weighting == "annotated" and weights[np.array(ANNOTATED) == 1].any():
-        part = (
-            weights / weights[np.array(ANNOTATED) == 2].sum()
-        )  # others add to these, at most half
-        part[np.array(ANNOTATED) == 1] *= min(1, 0.5 / part[np.array(ANNOTATED) == 1].sum())
+        blind = np.array(ANNOTATED) == 1  # these add to the mean of the others, at most half
+        part = weights / weights[~blind].sum()
+        part[blind] *= min(1, 0.5 / part[blind].sum())
     if name == "fednova":
         steps = np.array(STEPS)
         return (part @ steps) / part.sum() * (part @ (rows / steps[:, None]))

@@ -42,7 +42,7 @@ def test_late_sites_come_last_without_a_message() -> None:
 def test_who_is_hurried_is_late_once_all_others_have_answered() -> None:
     network = FakeNetwork({"a": 10**9, "b": 5, "c": 1})
     messages = {site: SimpleNamespace(id=site) for site in "abc"}
-    arrivals = list(exchange(network, messages, deadline=30, hurried="ac"))  # type: ignore[arg-type]
+    arrivals = list(exchange(network, messages, deadline=30, hurried={"a", "c"}))  # type: ignore[arg-type]
     assert [(a.site, a.message is None) for a in arrivals] == [
         ("c", False),
         ("b", False),

@@ -15,7 +15,6 @@ from fedseg.federation.mean import (
     shares,
     step_factors,
     undiluted,
-    weighted_mean,
 )
 
 SIZE = 2 * CHUNK + 4321
@@ -30,17 +29,17 @@ def test_the_mean_is_numpy_s(tmp_path: Path, scheme: str) -> None:
     updates = spooled(tmp_path, vectors(5), scheme=scheme)
     weights = [1.0, 2.5, 0.0, 7.0, 3.0]
     exact = np.stack([update.chunk(0, SIZE).double().numpy() for update in updates])
-    found = weighted_mean(updates, weights)
+    found = combined(updates, shares(weights))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, np.average(exact, axis=0, weights=weights), atol=1e-6)
 
 
 def test_the_same_bits_whatever_the_threads(tmp_path: Path) -> None:
     updates, weights = spooled(tmp_path, vectors(4)), [1.0, 2.0, 3.0, 4.0]
-    alone = weighted_mean(updates, weights)
+    alone = combined(updates, shares(weights))
     torch.set_num_threads(3)
     try:
-        assert torch.equal(weighted_mean(updates, weights), alone)
+        assert torch.equal(combined(updates, shares(weights)), alone)
     finally:
         torch.set_num_threads(1)
 
@@ -48,13 +47,15 @@ def test_the_same_bits_whatever_the_threads(tmp_path: Path) -> None:
 def test_an_update_without_weight_is_not_read(tmp_path: Path) -> None:
     updates = spooled(tmp_path, vectors(2))
     (tmp_path / "site-001.safetensors").unlink()
-    np.testing.assert_array_equal(weighted_mean(updates, [3.0, 0.0]), vectors(2)[0])
+    np.testing.assert_array_equal(combined(updates, shares([3.0, 0.0])), vectors(2)[0])
 
 
 def test_parts_of_the_vector_may_have_other_weights(tmp_path: Path) -> None:
     given = vectors(3)
     rows = [(5, 9), (CHUNK - 2, CHUNK + 3), (SIZE - 1, SIZE)]
-    found = weighted_mean(spooled(tmp_path, given), [1, 1, 2], overrides=[(rows, [0, 1, 3])])
+    found = combined(
+        spooled(tmp_path, given), shares([1, 1, 2]), overrides=[(rows, shares([0, 1, 3]))]
+    )
     expected = np.average(given, axis=0, weights=[1, 1, 2])
     for start, stop in rows:
         part = [vector[start:stop] for vector in given]

@@ -72,7 +72,7 @@ PARTY, (STARTED, SHARED, MASKED) = stages()
 
 
 @given(data=ANYTHING)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_nothing_but_protocol_errors(data: Any) -> None:
     steps = (
         lambda: secagg.share(STARTED, data, AGREED),
