@@ -146,7 +146,7 @@ def test_hostile_words_under_a_mask_cost_only_the_scores(
         if message.metadata.message_type == "evaluate":
             words = message.content["update"]["words"].numpy().copy()
             place = LIMBS * SUMMED["evaluate"].index("liver.tp") + LIMBS - 1
-            words[place] -= np.uint32(2**29)
+            words[place : place + 1] -= np.uint32(2**29)  # an array wraps without a warning
             message.content["update"] = ArrayRecord({"words": Array(words)})
         return message
 
