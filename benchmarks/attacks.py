@@ -33,7 +33,7 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from harness import ROOT, processor, write_result
 
-from fedseg import client_app, server_app
+from fedseg import server_app, site_work
 from fedseg.config import StudyConfig
 from fedseg.data.held_out import server_cases
 from fedseg.errors import StudyError
@@ -91,7 +91,7 @@ def study(config: dict[str, Any], scratch: Path, *, attack: str, sites: int = SI
     scored = {**config, "data.server-cases": 0}  # the server's own scores are not needed
     nodes = {n + 1: {"partition-id": n, "num-partitions": SITES} for n in range(sites)}
     reply = {SITES: attacker(attack)} if attack else {}
-    client_app._built.cache_clear()
+    site_work._built.cache_clear()
     grid = LocalGrid(nodes, scored, reply=reply)
     with contextlib.suppress(StudyError), contextlib.redirect_stdout(io.StringIO()):
         server_app.run_study(grid, Context(7, 1, {}, RecordDict(), scored))

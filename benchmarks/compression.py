@@ -25,9 +25,10 @@ import torch
 from harness import processor, run, write_result
 
 from fedseg.config import StudyConfig
-from fedseg.data.node import load_cases, open_site
+from fedseg.data.node import open_site
 from fedseg.data.patches import batches
 from fedseg.data.planning import make_plan
+from fedseg.data.prepared_cases import load_cases
 from fedseg.federation.compression import (
     Scheme,
     check_parts,

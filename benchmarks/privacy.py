@@ -56,12 +56,12 @@ def one_run(config: dict[str, object], scratch: Path, *, sites: int) -> dict:
     sys.path.insert(0, str(ROOT / "tests"))
     from local_grid import LocalGrid
 
-    from fedseg import client_app, server_app
+    from fedseg import server_app, site_work
     from fedseg.config import StudyConfig
     from fedseg.privacy.forecast import forecast
 
     run_config = {**BASE, "output.dir": str(scratch / "runs"), **config}
-    client_app._built.cache_clear()
+    site_work._built.cache_clear()
     nodes = {n + 1: {"partition-id": n, "num-partitions": sites} for n in range(sites)}
     grid = LocalGrid(nodes, run_config)
     began = time.monotonic()

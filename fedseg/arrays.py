@@ -2,16 +2,23 @@
 
 `np.load` allocates whatever a header claims; here nothing is decoded that isn't exactly the tensor
 that the receiver's own model expects.
+
+torch takes seconds to import, and most answers of a site have no tensor: it is imported where it is
+used.
 """
+
+from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["array_bytes", "arrays_to_state", "state_to_arrays"]
 
@@ -34,6 +41,8 @@ def state_to_arrays(
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None:
         return tensor
+    import torch
+
     most = torch.finfo(dtype).max  # beyond it a cast gives infinity
     return tensor.clamp(-most, most).to(dtype)
 
@@ -54,6 +63,8 @@ def arrays_to_state(
     Raises:
         ValueError: Names, shapes, types or sizes differ.
     """
+    import torch
+
     if set(record) != set(like):
         raise ValueError("other names than the model's")
     state = {}

@@ -7,13 +7,14 @@ failed or refused, and a reason code), `fingerprint`. Both ways `secagg`: a mess
 aggregation. Every answer also has `ledger`, see `receipts`.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
@@ -22,6 +23,9 @@ from fedseg.config import StudyConfig
 from fedseg.errors import ConfigError, Reason
 from fedseg.peers import Peers
 from fedseg.receipts import Receipt, receipt_of
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ARRAYS",
@@ -100,7 +104,7 @@ class Task:
         )
 
     @classmethod
-    def from_message(cls, message: Message) -> "Task":
+    def from_message(cls, message: Message) -> Task:
         """Unpack.
 
         Raises:

@@ -19,7 +19,7 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import SMALL, LocalGrid
 
-from fedseg import cli, client_app, server_app
+from fedseg import cli, server_app, site_work
 from fedseg.federation.run_folder import RunFolder
 
 
@@ -108,7 +108,7 @@ def run_study(tmp_path: Path) -> Iterator[Callable[..., tuple[RunFolder, LocalGr
     ) -> tuple[RunFolder, LocalGrid]:
         output = {"output.dir": str(tmp_path / "runs" / str(next(runs)))}
         run_config = {**SMALL, **output, **(config or {})}
-        client_app._built.cache_clear()
+        site_work._built.cache_clear()
         grid = LocalGrid(node_configs, run_config, **hooks)
         run.grid = grid  # type: ignore[attr-defined]
         context = Context(7, 1, {}, RecordDict(), run_config)

@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, Context, Message, RecordDict
 from safetensors.torch import load_file
 
-from fedseg import cli, client_app, server_app
+from fedseg import cli, client_app, server_app, site_work
 from fedseg.data.fingerprint import EDGES, Fingerprint
 from fedseg.errors import ConfigError, ModelError, Reason, StudyError
 from fedseg.federation import site_round
@@ -487,13 +487,13 @@ class TestCustomModel:
     ) -> None:
         @contextlib.contextmanager
         def without(message: Message) -> Iterator[None]:
-            client_app._built.cache_clear()
+            site_work._built.cache_clear()
             with monkeypatch.context() as patch:
                 patch.setitem(sys.modules, "hospital_net", None)
                 patch.delitem(sys.modules, "hospital_net")
                 patch.setattr(sys, "path", [p for p in sys.path if not p.endswith("/code")])
                 yield
-            client_app._built.cache_clear()
+            site_work._built.cache_clear()
 
         folder, _ = run_study(
             self.allow(three_sites), {"model.name": "hospital_net:build"}, around={22: without}

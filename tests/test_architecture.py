@@ -35,6 +35,7 @@ LAYERS = (
     ("report",),
     ("bundle",),
     ("commands",),
+    ("site_work",),
     ("client_app", "server_app", "cli"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

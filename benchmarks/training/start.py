@@ -15,7 +15,7 @@ def main() -> None:
 
     import numpy as np
 
-    import fedseg.client_app  # noqa: F401  what a site's process imports, Flower with it
+    import fedseg.site_work  # noqa: F401  what a site's process imports, Flower with it
 
     imported = time.perf_counter()
     from harness import cached_scan

@@ -16,9 +16,9 @@ from scipy import ndimage
 from fedseg.data.cases import Case, files_of
 from fedseg.data.checks.digest import content_digest, keyed_digest
 from fedseg.data.fingerprint import CaseMeasure, Fingerprint, bin_of, fingerprint_of
-from fedseg.data.node import Site
 from fedseg.data.plan import REGIONS
 from fedseg.data.preprocess import AIR_HU, modality_of
+from fedseg.data.sites import Site
 from fedseg.data.volumes import Volume, read_image, read_mask
 from fedseg.data.whole_file import replace_file
 from fedseg.errors import CaseError, Reason, SiteError

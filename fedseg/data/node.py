@@ -1,76 +1,21 @@
-"""Which site a node is: simulated, real, or neither; and the cases it holds."""
+"""Which site a node is: simulated, real, or neither; and which cases it lists.
+
+Flower starts a process for each message to a real site: nothing here reads a scan or imports torch,
+so that a short question gets a quick answer. `prepared_cases` reads, `simulated_site` makes.
+"""
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from fedseg.config import Scalar, StudyConfig
-from fedseg.data.cache import CachedCase, cache_bytes, cached_case
-from fedseg.data.partition import partition
-from fedseg.data.phantom import phantom_seeds
-from fedseg.data.phantom_sites import phantom_folder, phantom_kinds
-from fedseg.data.plan import Plan
-from fedseg.data.sites import Case, site_cases
-from fedseg.data.volumes import read_mask
-from fedseg.errors import CaseError, ConfigError, DataError, FedSegError, Reason, SiteError
-from fedseg.site_config import (
-    LabelMap,
-    PolicyConfig,
-    SiteConfig,
-    load_site_config,
-    valid_site_name,
-)
+from fedseg.data.sites import Site, site_cases
+from fedseg.errors import ConfigError, DataError, FedSegError, Reason, SiteError
+from fedseg.site_config import SiteConfig, load_site_config, valid_site_name
 
-__all__ = [
-    "Site",
-    "SiteCases",
-    "load_cases",
-    "open_site",
-    "own_config",
-    "own_name",
-]
+__all__ = ["open_site", "own_config", "own_name"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A site as its own node sees it.
-
-    Attributes:
-        name: Name in its config, else `site-<partition-id>` or its sub-folder; `""` if it has none.
-        simulated: Whether the study's `data.*` section applies.
-        sites: Number of simulated sites, 0 where real.
-        config: The site config.
-        cases: The cases in a fixed order.
-        unpaired: Files that are no case.
-    """
-
-    name: str
-    simulated: bool
-    sites: int
-    config: SiteConfig
-    cases: tuple[Case, ...]
-    unpaired: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteCases:
-    """Preprocessed cases of a site.
-
-    Attributes:
-        training: Cases to train on.
-        validation: Cases held out for metrics.
-        skipped: Cases that can't be used.
-    """
-
-    training: tuple[CachedCase, ...]
-    validation: tuple[CachedCase, ...]
-    skipped: int
 
 
 def open_site(
@@ -92,7 +37,9 @@ def open_site(
         if _is_real(node_config):
             return _real(node_config)
         if "partition-id" in node_config:
-            return _simulated(node_config, study, make_phantoms)
+            from fedseg.data.simulated_site import simulated_site
+
+            return simulated_site(node_config, study, make_phantoms=make_phantoms)
     except ConfigError as error:
         raise SiteError(Reason.SITE_CONFIG, str(error)) from None
     except DataError as error:
@@ -116,11 +63,9 @@ def own_config(
     if _is_real(node_config) or "partition-id" not in node_config:
         config = load_site_config(node_config)
         return config.name or "", config
-    if study is None or study.data.source == "phantom":
-        return f"site-{node_config['partition-id']}", _researchers(load_site_config(node_config))
-    index, sites = _partition(node_config)
-    folder, _ = _simulated_folder(index, sites, study)
-    return _simulated_config(node_config, folder, index, study)
+    from fedseg.data.simulated_site import simulated_config
+
+    return simulated_config(node_config, study)
 
 
 def own_name(node_config: Mapping[str, Scalar]) -> str:
@@ -156,145 +101,4 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
         config=config,
         cases=listing.cases,
         unpaired=len(listing.problems),
-    )
-
-
-def _simulated(node_config: Mapping[str, Scalar], study: StudyConfig, make_phantoms: bool) -> Site:
-    index, sites = _partition(node_config)
-    if study.data.source == "phantom" and not make_phantoms:
-        config = load_site_config(node_config)
-        return Site(
-            name=f"site-{index}", simulated=True, sites=sites, config=config, cases=(), unpaired=0
-        )
-    folder, wanted = _simulated_folder(index, sites, study)
-    name, config = _simulated_config(node_config, folder, index, study)
-    listing, config = site_cases(folder, config)
-    cases = listing.cases
-    if wanted is not None:
-        cases = _share(cases, wanted, sites, study, config.label_map)
-    return Site(
-        name=name,
-        simulated=True,
-        sites=sites,
-        config=config,
-        cases=cases,
-        unpaired=len(listing.problems) if wanted is None else 0,
-    )
-
-
-def _partition(node_config: Mapping[str, Scalar]) -> tuple[int, int]:
-    if "num-partitions" not in node_config:
-        raise ConfigError("num-partitions: got nothing; expected it beside partition-id")
-    return int(node_config["partition-id"]), int(node_config["num-partitions"])
-
-
-def _simulated_config(
-    node_config: Mapping[str, Scalar], folder: Path, index: int, study: StudyConfig
-) -> tuple[str, SiteConfig]:
-    config = load_site_config(node_config, folder=folder)
-    if study.data.partition != "folders":
-        return f"site-{index}", _researchers(config)
-    return config.name or _site_name(folder, index), config
-
-
-def _researchers(config: SiteConfig) -> SiteConfig:
-    """A share of the researcher's own data has no policy of its own."""
-    policy = PolicyConfig(allow_custom_code=True, min_count=1)
-    return config.model_copy(update={"policy": policy})
-
-
-def _site_name(folder: Path, index: int) -> str:
-    name = re.sub(r"[^a-z0-9-]+", "-", folder.name.lower()).strip("-")[:32]
-    return name or f"site-{index}"
-
-
-def _simulated_folder(index: int, sites: int, study: StudyConfig) -> tuple[Path, int | None]:
-    """Folder of a simulated site, and which share of it is the site's (None: all of it)."""
-    data = study.data
-    if data.source == "folder":
-        assert data.dir is not None
-        root = Path(data.dir).expanduser()
-        if data.partition != "folders":
-            return root, index
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; correct data.dir")
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if len(folders) != sites:
-            raise DataError(
-                f"{root}: {len(folders)} sub-folders for {sites} simulated sites; expected one a "
-                f"site; set num-supernodes={len(folders)}"
-            )
-        return folders[index], None
-    kinds = phantom_kinds(study)
-    if data.partition == "iid":
-        kind = kinds[index % len(kinds)]
-        seeds = phantom_seeds(data.seed, index, data.phantom_cases)
-        return phantom_folder(kind.name, [(kind, seeds)]), None
-    pool = [
-        (kinds[i % len(kinds)], phantom_seeds(data.seed, i, data.phantom_cases))
-        for i in range(sites)
-    ]
-    return phantom_folder("pool", pool), index
-
-
-def _share(
-    cases: Sequence[Case],
-    index: int,
-    sites: int,
-    study: StudyConfig,
-    label_map: LabelMap | None,
-) -> tuple[Case, ...]:
-    data = study.data
-    loads = [0.0] * len(cases)
-    if data.partition == "dirichlet":
-        loads = [_tumor_volume(case, label_map) for case in cases]
-    shares = partition(
-        data.partition, loads, sites=sites, alpha=data.dirichlet_alpha, seed=data.seed
-    )
-    return tuple(cases[i] for i in shares[index])
-
-
-def _tumor_volume(case: Case, label_map: LabelMap | None) -> float:
-    try:
-        mask = read_mask(case.mask, label_map=label_map)
-    except CaseError:
-        return 0.0  # whoever gets the case skips and counts it
-    return float(np.count_nonzero(mask.array == 2) * np.prod(mask.spacing))
-
-
-def load_cases(site: Site, plan: Plan, *, validation_fraction: float, seed: int) -> SiteCases:
-    """Preprocess a site's cases, or find them in its cache, and hold some out.
-
-    A case that can't be used is logged here and counted; it never stops the site.
-
-    Raises:
-        SiteError: No case is left to train on, or the cache can't be written.
-    """
-    usable, skipped = [], site.unpaired
-    for case in site.cases:
-        try:
-            usable.append(
-                cached_case(
-                    case,
-                    plan,
-                    site.config.cache,
-                    modality=site.config.modality,
-                    label_map=site.config.label_map,
-                )
-            )
-        except CaseError as error:
-            log.warning("skipped: %s", error)
-            skipped += 1
-        except DataError as error:
-            raise SiteError(Reason.DATA, str(error)) from None
-    size = cache_bytes(site.config.cache) / 1024**2
-    log.info("%d usable cases, %d skipped; cache holds %.0f MB", len(usable), skipped, size)
-    held_out = 0
-    if validation_fraction and len(usable) > 1:
-        held_out = min(max(1, round(validation_fraction * len(usable))), len(usable) - 1)
-    order = np.random.default_rng([seed, 11]).permutation(len(usable))
-    return SiteCases(
-        training=tuple(usable[i] for i in sorted(order[held_out:])),
-        validation=tuple(usable[i] for i in sorted(order[:held_out])),
-        skipped=skipped,
     )

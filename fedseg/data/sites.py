@@ -1,7 +1,7 @@
-"""Find the cases of a site's folder, and what the values of its masks mean."""
+"""A site: its config, and the cases of its folder with what the values of their masks mean."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedseg.data.cases import Case as Case  # at home there; own layouts get them here
@@ -13,9 +13,30 @@ from fedseg.errors import ConfigError, DataError
 from fedseg.registry import resolve
 from fedseg.site_config import SiteConfig
 
-__all__ = ["LAYOUTS", "find_cases", "site_cases"]
+__all__ = ["LAYOUTS", "Site", "find_cases", "site_cases"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A site as its own node sees it.
+
+    Attributes:
+        name: Name in its config, else `site-<partition-id>` or its sub-folder; `""` if it has none.
+        simulated: Whether the study's `data.*` section applies.
+        sites: Number of simulated sites, 0 where real.
+        config: The site config.
+        cases: The cases in a fixed order.
+        unpaired: Files that are no case.
+    """
+
+    name: str
+    simulated: bool
+    sites: int
+    config: SiteConfig
+    cases: tuple[Case, ...]
+    unpaired: int
 
 
 def find_cases(root: Path, *, layout: str = "auto") -> Listing:

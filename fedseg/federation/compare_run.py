@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fedseg.config import StudyConfig
-from fedseg.data.node import load_cases, open_site
+from fedseg.data.node import open_site
 from fedseg.data.plan import Plan
+from fedseg.data.prepared_cases import load_cases
 from fedseg.errors import ConfigError, FedSegError, StudyError
 from fedseg.federation.run_folder import RunFolder
 from fedseg.registry import is_custom

@@ -42,7 +42,6 @@ from fedseg.peers import Peers
 from fedseg.privacy.ledger import append
 from fedseg.privacy.policy import Departure, Request, check_departure, check_request
 from fedseg.receipts import describe, stamp
-from fedseg.segmentation.inference import out_of_memory
 from fedseg.site_config import SiteConfig
 
 __all__ = ["LEFT", "Reply", "Work", "answered"]
@@ -123,6 +122,8 @@ def _attempt(step: Callable[[], Found]) -> Found | Reason:
         reason = Reason.MODEL_MISSING
         log.error("package %s isn't installed", error.name)
     except Exception as error:
+        from fedseg.segmentation.inference import out_of_memory  # torch comes with it
+
         if out_of_memory(error):
             reason = Reason.OUT_OF_MEMORY
             log.error("out of memory: %s", error)

@@ -15,7 +15,7 @@ from fedseg.errors import REASONS, ProtocolError, Reason, StudyError
 from fedseg.federation.collect import FORGET_AFTER, site_line
 from fedseg.federation.federation import Federation, Unread, outside_rounds
 from fedseg.federation.flat import layout_of
-from fedseg.federation.secure_site import COMPARED, SUMMED
+from fedseg.federation.masked import COMPARED, SUMMED
 from fedseg.federation.secure_sum import Summing, forget, masked_sum
 from fedseg.federation.sites import KnownSite
 from fedseg.federation.strategies import train_config

@@ -19,7 +19,8 @@ from fedseg.errors import ProtocolError, Reason, TooFewSites
 from fedseg.federation.collect import site_line
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation, Unread
-from fedseg.federation.secure_site import WORDS, terms_of
+from fedseg.federation.masked import WORDS
+from fedseg.federation.secure_site import terms_of
 from fedseg.federation.sites import KnownSite
 from fedseg.messages import ARRAYS, CONFIG, Answer, protocol_record
 from fedseg.privacy import secagg_server

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from fedseg.config import StudyConfig
-from fedseg.data.node import Site, SiteCases
 from fedseg.data.patches import planned_batches
 from fedseg.data.plan import REGIONS, Plan
+from fedseg.data.prepared_cases import SiteCases
+from fedseg.data.sites import Site
 from fedseg.federation.compression import finite_and_norm, scheme_of
 from fedseg.federation.feedback import encode_with_feedback
 from fedseg.federation.flat import flatten, layout_of

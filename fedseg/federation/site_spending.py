@@ -18,8 +18,8 @@ from typing import Any
 
 from fedseg.config import StudyConfig
 from fedseg.data.measure import scan_contents
-from fedseg.data.node import Site
 from fedseg.data.plan import Plan
+from fedseg.data.sites import Site
 from fedseg.errors import ConfigError, LedgerError, Reason, SiteError
 from fedseg.messages import Task
 from fedseg.privacy.accountant import Mechanism, epsilon_of

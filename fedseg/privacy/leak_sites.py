@@ -6,10 +6,12 @@ from pathlib import Path
 
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
-from fedseg.data.node import Site, load_cases, open_site
+from fedseg.data.node import open_site
 from fedseg.data.phantom import phantom_seeds
 from fedseg.data.phantom_sites import phantom_folder, phantom_kinds
 from fedseg.data.plan import Plan
+from fedseg.data.prepared_cases import load_cases
+from fedseg.data.sites import Site
 from fedseg.errors import DataError
 
 __all__ = ["LEAST_CASES", "Cohort", "cohorts_of", "open_sites", "small_study"]

@@ -14,8 +14,8 @@ from torch import nn
 from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase
 from fedseg.data.held_out import server_cases
-from fedseg.data.node import Site
 from fedseg.data.plan import Plan
+from fedseg.data.sites import Site
 from fedseg.messages import Task
 from fedseg.report.overlays import draw_pictures, save_pictures
 from fedseg.report.quality import summary_table

@@ -16,8 +16,9 @@ from fedseg.config import StudyConfig
 from fedseg.data.checks.check import check_folder
 from fedseg.data.held_out import server_groups
 from fedseg.data.layouts import LAYOUTS
-from fedseg.data.node import load_cases, open_site
+from fedseg.data.node import open_site
 from fedseg.data.planning import make_plan
+from fedseg.data.prepared_cases import load_cases
 from fedseg.data.sites import find_cases, label_map_of, site_cases
 from fedseg.data.volumes import read_image, read_mask
 from fedseg.errors import DataError, FedSegError, Reason, SiteError

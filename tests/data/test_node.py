@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from fedseg.config import StudyConfig
-from fedseg.data import node, phantom_sites
+from fedseg.data import phantom_sites, simulated_site
 from fedseg.data.held_out import server_cases
-from fedseg.data.node import load_cases, open_site
+from fedseg.data.node import open_site
 from fedseg.data.phantom import KINDS, PhantomKind
 from fedseg.data.phantom_sites import phantom_kinds
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan
+from fedseg.data.prepared_cases import load_cases
 from fedseg.errors import CaseError, ConfigError, DataError, Reason, SiteError
 
 AFFINE = np.diag([3.0, 3, 3, 1])
@@ -217,13 +218,13 @@ def test_dirichlet_reads_the_tumour_load_through_the_label_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[float]] = []
-    split = node.partition
+    split = simulated_site.partition
 
     def spy(name: str, loads: list[float], **options: Any) -> list[list[int]]:
         seen.append(list(loads))
         return split(name, loads, **options)
 
-    monkeypatch.setattr(node, "partition", spy)
+    monkeypatch.setattr(simulated_site, "partition", spy)
     folder = tmp_path / "pool"
     for case in range(4):
         write_case(folder, f"case-{case}", tumor=case, values={1: 6, 2: 13})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from updates import spooled
 
 from fedseg.federation.collect import plausible_training
+from fedseg.federation.masked import SUMMED
 from fedseg.federation.mean import fair_factors, shares, step_factors
-from fedseg.federation.secure_site import SUMMED
 from fedseg.federation.weighting import WEIGHTINGS
 from fedseg.messages import PERSONAL, TRAIN_METRICS
 from fedseg.privacy.fixed_point import LIMBS

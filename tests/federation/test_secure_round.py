@@ -26,7 +26,7 @@ from fedseg.errors import ConfigError, FedSegError, StudyError
 from fedseg.federation import train_round
 from fedseg.federation.audit import audit_run
 from fedseg.federation.compare_run import run_steps
-from fedseg.federation.secure_site import SUMMED
+from fedseg.federation.masked import SUMMED
 from fedseg.segmentation.models import build_model
 
 Run = Callable[..., Any]

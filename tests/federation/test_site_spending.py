@@ -13,7 +13,7 @@ from flwr.app import Message
 from test_central_dp import history
 from test_local_and_record_dp import LOCAL, RECORD
 
-from fedseg import client_app
+from fedseg import site_work
 from fedseg.errors import REASONS, Reason
 from fedseg.federation.site_spending import SPENT
 from fedseg.privacy.accountant import Mechanism, epsilon_of
@@ -141,7 +141,7 @@ def test_without_the_accountant_a_site_says_so_before_it_trains(
     def missing(message: Message) -> Iterator[None]:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "dp_accounting", None)
-            patch.setattr(client_app, "train_at_site", lambda *_: pytest.fail("it trained"))
+            patch.setattr(site_work, "train_at_site", lambda *_: pytest.fail("it trained"))
             yield
 
     config = {**LOCAL, **ONE, "federation.min-sites": 1}
