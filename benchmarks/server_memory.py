@@ -51,7 +51,7 @@ class Distant(Grid):
     def __init__(self, sites: int, scheme: Scheme) -> None:
         self.sites, self.scheme = sites, scheme
         self.asked: dict[str, Message] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.length = 0
         self.count = itertools.count()
 
     def set_run(self, run: Any) -> None: ...
@@ -78,7 +78,7 @@ class Distant(Grid):
             metadata = message.metadata
             if metadata.message_type == "train":
                 arrays = message.content.array_records[ARRAYS]
-                self.shapes = {name: tuple(a.shape) for name, a in arrays.items()}
+                (self.length,) = next(iter(arrays.values())).shape
             to = Message(
                 RecordDict(),
                 dst_node_id=metadata.dst_node_id,
@@ -105,13 +105,8 @@ class Distant(Grid):
 
     def update(self, node: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng(node)
-        drawn = {
-            name: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32) * 0.01)
-            for name, shape in self.shapes.items()
-        }
-        if self.scheme.name == "none":
-            return drawn
-        return encode(torch.cat([t.flatten() for t in drawn.values()]), self.scheme)
+        drawn = rng.standard_normal(self.length, dtype=np.float32) * 0.01
+        return encode(torch.from_numpy(drawn), self.scheme)
 
 
 def child(sites: int, strategy: str, folder: str, width: int, compression: str) -> None:

@@ -1,10 +1,10 @@
 """The one place that knows record keys: what travels between server and site, packed and unpacked.
 
-Server to site: `arrays` (shared floats), `buffers` (integer state, where the network has any),
-`config` (see `Task`; of a resumed run also the stored study config). Site to server:
-`update` (change of the shared floats), `metrics` (numbers under declared keys), `status` (ok,
-failed or refused, and a reason code), `fingerprint`. Both ways `secagg`: a message of secure
-aggregation. Every answer also has `ledger`, see `receipts`.
+Server to site: `arrays` (the shared floats as one vector), `buffers` (integer state, where the
+network has any), `config` (see `Task`; of a resumed run also the stored study config). Site to
+server: `update` (change of the shared floats, encoded), `metrics` (numbers under declared keys),
+`status` (ok, failed or refused, and a reason code), `fingerprint`. Both ways `secagg`: a message of
+secure aggregation. Every answer also has `ledger`, see `receipts`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from fedseg.data.sites import Site
 from fedseg.errors import ConfigError, Reason, SiteError
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.egress import Reply
-from fedseg.federation.flat import layout_of
+from fedseg.federation.flat import layout_of, unflatten
 from fedseg.federation.masked import masked_answer, masked_sums
 from fedseg.federation.secure_site import received
 from fedseg.federation.site_privacy import protect
@@ -171,16 +171,15 @@ def _network(
     network = _built(plan.to_json(), str(device))
     state = split_state(network, study.federation.shared)
     records = message.content.array_records
-    dtype = torch.float16 if study.federation.download == "fp16" else None
-    like = {
-        name: torch.empty_like(t, device="meta", dtype=dtype) for name, t in state.shared.items()
-    }
+    layout = layout_of(state.shared)
+    dtype = torch.float16 if study.federation.download == "fp16" else torch.float32
+    like = {layout.digest: torch.empty(layout.size, device="meta", dtype=dtype)}
     try:
-        arrived = arrays_to_state(records[ARRAYS], like)
+        vector = arrays_to_state(records[ARRAYS], like)[layout.digest].float()
         fixed = arrays_to_state(records[BUFFERS], state.fixed) if state.fixed else {}
     except (KeyError, ValueError) as error:
         raise SiteError(Reason.MODEL, f"the server's weights don't fit: {error}") from None
-    shared = {name: t.to(state.shared[name].dtype) for name, t in arrived.items()}
+    shared = unflatten(vector, layout)
     local = local_layers(state.local, plan, study, kept)
     network.load_state_dict({**shared, **local, **fixed})
     return network, shared

@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
@@ -113,3 +114,11 @@ class LocalGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: Any = None) -> Any:
         raise AssertionError("send_and_receive holds all replies at once")
+
+
+def sent_weights(message: Message, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights in a message to a site: one vector, tensors by name."""
+    (array,) = message.content.array_records["arrays"].values()
+    sizes = [like[name].numel() for name in sorted(like)]
+    parts = torch.from_numpy(array.numpy().copy()).split(sizes)
+    return {n: p.reshape(like[n].shape) for n, p in zip(sorted(like), parts, strict=True)}

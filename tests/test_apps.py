@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, Context, Message, RecordDict
+from local_grid import sent_weights
 from safetensors.torch import load_file
 
 from fedseg import cli, client_app, server_app, site_work
@@ -119,7 +120,7 @@ def test_fedprox_sends_mu_and_stays_nearer(run_study: Run, three_sites: dict[int
     sent = [m for m in grid.sent if m.metadata.message_type == "train"]
     assert {m.content["config"]["proximal-mu"] for m in sent} == {100.0}
 
-    start = sent[0].content["arrays"].to_torch_state_dict()
+    start = sent_weights(sent[0], weights(plain))
     plain_way = sum(float(((weights(plain)[k] - start[k]) ** 2).sum()) for k in start)
     near_way = sum(float(((weights(near)[k] - start[k]) ** 2).sum()) for k in start)
     assert near_way < plain_way
@@ -551,7 +552,7 @@ def test_a_start_from_a_model_file(run_study: Run, three_sites: dict[int, Any]) 
     start = str(first.path / "model-last.safetensors")
     _, grid = run_study(three_sites, {"model.init-from": start})
     sent = next(m for m in grid.sent if m.metadata.message_type == "train")
-    state = sent.content["arrays"].to_torch_state_dict()
+    state = sent_weights(sent, weights(first))
     assert all(torch.equal(state[name], weights(first)[name]) for name in state)
     with pytest.raises(ModelError, match="its network is unet of width 4 and depth 3"):
         run_study(three_sites, {"model.init-from": start, "model.width": 8})

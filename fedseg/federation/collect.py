@@ -14,7 +14,7 @@ from fedseg.arrays import arrays_to_state
 from fedseg.errors import Reason
 from fedseg.federation.compression import Scheme, check_parts, finite_and_norm
 from fedseg.federation.exchange import Arrival, exchange, read_arrival
-from fedseg.federation.flat import Layout, flatten
+from fedseg.federation.flat import Layout
 from fedseg.federation.spool import open_update, spool
 from fedseg.messages import TRAIN_METRICS, Answer
 from fedseg.segmentation.metrics import MOST_SUM
@@ -178,17 +178,14 @@ def plausible_training(metrics: Mapping[str, float]) -> bool:
 
 def read_update(record: ArrayRecord, inbox: Inbox) -> dict[str, torch.Tensor] | Reason:
     """Decode an update under bounds and check it alone: names, shapes, types, finite."""
-    layout, size = inbox.layout, inbox.layout.size
+    size = inbox.layout.size
     try:
-        if inbox.scheme.name == "none":
-            parts = {"values": flatten(arrays_to_state(record, layout.like()), layout)}
-        else:
-            expected = inbox.scheme.sizes(size)
-            like = {
-                name: torch.empty(length, dtype=dtype, device="meta")
-                for name, (dtype, length) in expected.items()
-            }
-            parts = arrays_to_state(record, like)
+        expected = inbox.scheme.sizes(size)
+        like = {
+            name: torch.empty(length, dtype=dtype, device="meta")
+            for name, (dtype, length) in expected.items()
+        }
+        parts = arrays_to_state(record, like)
         check_parts(parts, inbox.scheme, size=size)
     except (ValueError, TypeError, KeyError, EOFError):
         return Reason.BAD_UPDATE

@@ -14,6 +14,7 @@ from fedseg.arrays import state_to_arrays
 from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
 from fedseg.federation.checkpoints import Progress
+from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.reduce import Reducer
 from fedseg.federation.run_folder import RunFolder
 from fedseg.federation.sites import KnownSite
@@ -109,8 +110,11 @@ class Federation:
     def content(self, config: ConfigRecord) -> RecordDict:
         """Pack the global model and a config: the same for every site."""
         state = self.split()
+        layout = layout_of(state.shared)
+        # Flower asks for each array on its own: one vector takes a site a tenth of the requests.
+        vector = {layout.digest: flatten(state.shared, layout)}
         dtype = torch.float16 if self.study.federation.download == "fp16" else None
-        content = RecordDict({ARRAYS: state_to_arrays(state.shared, dtype=dtype), CONFIG: config})
+        content = RecordDict({ARRAYS: state_to_arrays(vector, dtype=dtype), CONFIG: config})
         if state.fixed:
             content[BUFFERS] = state_to_arrays(state.fixed)
         return content

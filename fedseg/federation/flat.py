@@ -3,6 +3,8 @@
 Names, shapes and order come from the receiver's own model, never from what arrived.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,12 +31,10 @@ class Layout:
         """Number of values."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def like(self) -> dict[str, torch.Tensor]:
-        """Tensors without memory that show each name's shape and type."""
-        return {
-            name: torch.empty(shape, dtype=self.dtypes[name], device="meta")
-            for name, shape in self.shapes.items()
-        }
+    @property
+    def digest(self) -> str:
+        """What tells this model's names and shapes from another's: hex, 64 letters."""
+        return hashlib.sha256(json.dumps(list(self.shapes.items())).encode()).hexdigest()
 
     def spans(self) -> dict[str, tuple[int, int]]:
         """Start and stop of each tensor in the vector."""

@@ -22,7 +22,6 @@ from fedseg.federation.feedback import encode_with_feedback
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.record_training import private_round, unchanged_buffers
 from fedseg.messages import PERSONAL, Task
-from fedseg.privacy.clipping import norm_of
 from fedseg.registry import resolve
 from fedseg.segmentation.kept import load_kept, save_kept
 from fedseg.segmentation.lightning_backend import BACKENDS
@@ -184,10 +183,11 @@ def packed(update: State, study: StudyConfig, site: Site, task: Task) -> dict[st
     Compressed updates carry what the last one lost: the residual is kept at the site.
     """
     scheme = scheme_of(study.federation)
+    vector = flatten(update, layout_of(update))
     if scheme.name == "none":
-        return dict(update)
+        return scheme.encode(vector)
     return encode_with_feedback(
-        flatten(update, layout_of(update)),
+        vector,
         scheme,
         before=kept_folder(site, task.study_run, task.round_number - 1),
         after=kept_folder(site, task.study_run, task.round_number),
@@ -197,8 +197,6 @@ def packed(update: State, study: StudyConfig, site: Site, task: Task) -> dict[st
 def sent_norm(parts: State, update: State, study: StudyConfig) -> float:
     """L2 norm of an update as the receiver decodes it."""
     scheme = scheme_of(study.federation)
-    if scheme.name == "none":
-        return norm_of(update.values())
     return finite_and_norm(parts, scheme, size=layout_of(update).size)[1]
 
 

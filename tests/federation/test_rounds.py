@@ -9,7 +9,7 @@ import pytest
 import torch
 from attackers import attacker
 from flwr.app import Array, Message
-from local_grid import LocalGrid
+from local_grid import LocalGrid, sent_weights
 from safetensors.torch import load_file
 
 from fedseg.errors import ConfigError, StudyError
@@ -105,9 +105,9 @@ def test_compressed_updates_are_small_and_near(
     plain, _ = run_study(sites, ALL)
     packed, grid = run_study(sites, {**ALL, "federation.compression": scheme})
     ratio = history(packed)[1]["bytes_up"] / history(plain)[1]["bytes_up"]
-    assert ratio < {"fp16": 0.51, "int8": 0.27, "int4": 0.15, "top-k": 0.11}[scheme]
+    assert ratio < {"fp16": 0.51, "int8": 0.27, "int4": 0.15, "top-k": 0.12}[scheme]
     start = next(m for m in grid.sent if m.metadata.message_type == "train")
-    begun = start.content["arrays"].to_torch_state_dict()
+    begun = sent_weights(start, weights(plain))
     moved = {k: weights(plain)[k] - begun[k] for k in begun}
     error = sum(float(((weights(packed)[k] - weights(plain)[k]) ** 2).sum()) for k in begun)
     length = sum(float((change**2).sum()) for change in moved.values())

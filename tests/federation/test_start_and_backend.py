@@ -3,12 +3,13 @@
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from local_grid import sent_weights
 from safetensors.torch import load_file
 
 from fedseg.errors import ConfigError, ModelError
@@ -27,10 +28,9 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
     return {n: {"data-dir": str(make_site(f"site-{n}", seed=n))} for n in (1, 2, 3)}
 
 
-def first_sent(grid: Any) -> dict[str, torch.Tensor]:
+def first_sent(grid: Any, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     message = next(m for m in grid.sent if m.metadata.message_type == "train")
-    state: dict[str, torch.Tensor] = message.content["arrays"].to_torch_state_dict()
-    return state
+    return sent_weights(message, like)
 
 
 def weights(folder: Any, name: str = "model-last.safetensors") -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def test_run_starts_from_the_best_model_of_another(run_study: Run, sites: Any) -
         # An id is looked up in output.dir.
         config = {**ONE_ROUND, "model.init-from": source, "output.dir": str(first.path.parent)}
         _, grid = run_study(sites, config)
-        sent = first_sent(grid)
+        sent = first_sent(grid, weights(first))
         assert all(torch.equal(sent[name], t) for name, t in weights(first, BEST).items())
 
 
@@ -60,7 +60,7 @@ def test_consent_lets_a_part_start_anew_and_the_log_says_which(
     assert not [m for m in run_study.grid.sent if m.metadata.message_type == "train"]
     _, grid = run_study(sites, {**config, "model.init-partial": True})
     assert f"starts anew: {gone} " in capsys.readouterr().err
-    sent = first_sent(grid)
+    sent = first_sent(grid, state)
     assert all(torch.equal(sent[name], state[name]) == (name != gone) for name in state)
 
 
