@@ -243,9 +243,10 @@ def spoil(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], Mes
         (lambda a: np.full_like(a, np.nan), "not-finite"),
         (lambda a: np.full_like(a, np.inf), "not-finite"),
         (lambda a: a.astype(np.float64), "bad-update"),
-        (lambda a: a.ravel(), "bad-update"),
+        (lambda a: a.reshape(-1, 1), "bad-update"),
+        (lambda a: a[:-1], "bad-update"),
     ],
-    ids=["nan", "inf", "float64", "flat"],
+    ids=["nan", "inf", "float64", "column", "short"],
 )
 def test_a_bad_update_costs_only_its_site(
     run_study: Run,
