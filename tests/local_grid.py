@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "train.precision": "fp32",
     "train.learning-rate": 1e-3,
     "federation.rounds": 2,
+    "federation.personal": False,
     "federation.connect-deadline": 5.0,
     "data.server-cases": 0,
 }

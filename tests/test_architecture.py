@@ -1,6 +1,7 @@
 """Tests of who may know whom, read off the source."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -66,6 +67,7 @@ def room(module: str) -> str:
 MODULES = {module_name(path): path for path in FILES}
 
 
+@functools.cache
 def tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 

@@ -42,7 +42,12 @@ def small_phantoms(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     study = StudyConfig.from_run_config(
-        {"model.width": 2, "model.depth": 2, "train.patch-size": "16,16,16"}
+        {
+            "model.width": 2,
+            "model.depth": 2,
+            "train.patch-size": "16,16,16",
+            "train.spacing": "6,6,6",
+        }
     )
     plan = make_plan(study)
     path = tmp_path / "model.safetensors"

@@ -15,13 +15,13 @@ STUDY: dict[str, Any] = {
     **SMALL,
     "train.steps-per-epoch": 150,
     "train.optimizer-state": "keep",
-    "federation.rounds": 3,
+    "federation.rounds": 2,
     "federation.sites": ",".join(SITES),
     "federation.compression": "int8",
     "federation.shared": "all-but-norm",
     "federation.round-deadline": 45.0,
     "federation.connect-deadline": 90.0,
-    "federation.evaluate-every": 3,
+    "federation.evaluate-every": 2,
 }
 
 

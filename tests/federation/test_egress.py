@@ -116,7 +116,7 @@ def test_scores_are_judged_before_they_are_masked(
 ) -> None:
     """A study that masks scores doesn't get what the site's policy holds back."""
     sites[3][key] = value
-    folder, grid = run_study(sites, SECURE)
+    folder, grid = run_study(sites, {**SECURE, "federation.personal": True})
     line = history(folder)[1]
     assert line["sites"]["chemnitz"]["status"] == "ok" and line["secagg"]["summed"] == 3
     assert line["sites"]["chemnitz"]["no_metrics"] == reason
@@ -167,7 +167,6 @@ def test_peers_are_counted_in_the_roster_of_secure_aggregation(
                 message.content["config"]["sites"] = 10
         return real(messages)
 
-    config = {**SECURE, "federation.personal": False}
     real: Any = None
 
     def wrap(grid: Any) -> None:
@@ -180,7 +179,7 @@ def test_peers_are_counted_in_the_roster_of_secure_aggregation(
             wrap(run_study.grid)
         return message
 
-    folder, _ = run_study(sites, config, reply=dict.fromkeys(sites, first))
+    folder, _ = run_study(sites, SECURE, reply=dict.fromkeys(sites, first))
     site = history(folder)[1]["sites"]["bonn"]
     assert (site["status"], site["reason"]) == ("refused", "policy-min-peers")
     (told, *_) = (e for e in read(tmp_path / "bonn.jsonl") if e["message"] == "secagg_shares")

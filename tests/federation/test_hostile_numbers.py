@@ -104,7 +104,9 @@ def answering(kind: str, numbers: dict[str, float]) -> Callable[[Message], Messa
 def test_hostile_scores_cost_only_themselves(
     numbers: dict[str, float], run_study: Run, sites: dict[int, Any]
 ) -> None:
-    folder, _ = run_study(sites, reply={3: answering("evaluate", numbers)})
+    folder, _ = run_study(
+        sites, {"federation.personal": True}, reply={3: answering("evaluate", numbers)}
+    )
     line = history(folder)[2]
     assert line["sites"]["chemnitz"]["no_metrics"] == "bad-update"
     assert line["federated"]["cases"] == 2
@@ -121,7 +123,9 @@ def test_scores_that_are_left_out_cost_only_themselves(
             message.content["status"] = ConfigRecord({"status": "ok", "reason": ""})
         return message
 
-    folder, _ = run_study(sites, {"federation.rounds": 1}, reply={3: nothing_but})
+    folder, _ = run_study(
+        sites, {"federation.rounds": 1, "federation.personal": True}, reply={3: nothing_but}
+    )
     personal = json.loads((folder.path / "manifest.json").read_text())["personal"]
     assert set(personal) == {"aachen", "bonn"}
 

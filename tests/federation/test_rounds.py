@@ -173,7 +173,8 @@ def test_a_time_budget_ends_a_round(run_study: Run, sites: dict[int, Any]) -> No
 def test_sites_keep_a_personal_model_only_where_it_is_better(
     run_study: Run, sites: dict[int, Any], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = run_study(sites, {**ALL, "train.steps-per-epoch": 8, "train.learning-rate": 1e-2})
+    more = {"train.steps-per-epoch": 8, "train.learning-rate": 1e-2, "federation.personal": True}
+    folder, _ = run_study(sites, {**ALL, **more})
     manifest = json.loads((folder.path / "manifest.json").read_text())
     personal = manifest["personal"]
     assert list(personal) == ["aachen", "bonn", "chemnitz", "dortmund"]

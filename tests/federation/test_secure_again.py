@@ -52,7 +52,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", ["secure-unmasking", "secure-scoring"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("secure-unmasking", marks=pytest.mark.slow), "secure-scoring"]
+)
 def test_a_round_that_was_sent_is_lost_with_the_server_and_the_run_goes_on(
     stage: str, run_study: Run, sites: dict[int, Any], tmp_path: Path
 ) -> None:
