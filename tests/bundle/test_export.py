@@ -86,7 +86,13 @@ def test_hashes_in_the_card_are_those_of_the_files(bundle: Path) -> None:
         assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"unet"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "unet++" else ())
+        for name in sorted(set(MODELS) - {"unet"})
+    ],
+)
 def test_other_networks_come_out_of_their_own_code(tmp_path: Path, name: str) -> None:
     plan = plan_of(name)
     model = write_model(tmp_path / "m.safetensors", plan)

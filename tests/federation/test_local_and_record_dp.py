@@ -105,7 +105,10 @@ def test_record_dp_trains_and_is_accounted_by_steps(run_study: Run, sites: Any) 
     assert torch.isfinite(moved(folder)).all() and moved(folder).any()
 
 
-@pytest.mark.parametrize(("name", "side", "depth"), [("attention-unet", 16, 3), ("unet++", 32, 5)])
+@pytest.mark.parametrize(
+    ("name", "side", "depth"),
+    [("attention-unet", 16, 3), pytest.param("unet++", 32, 5, marks=pytest.mark.slow)],
+)
 def test_record_dp_trains_the_other_networks(
     name: str, side: int, depth: int, run_study: Run, sites: Any
 ) -> None:

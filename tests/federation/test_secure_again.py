@@ -78,6 +78,7 @@ def test_a_round_that_was_sent_is_lost_with_the_server_and_the_run_goes_on(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_round_of_which_nothing_was_sent_is_done_again(
     run_study: Run, sites: dict[int, Any], tmp_path: Path
 ) -> None:
