@@ -131,8 +131,8 @@ def test_plug_is_pulled(workplace: Workplace, run: Run, nodes: dict[str, Process
         "train.steps-per-epoch": 200,
         "federation.sites": ",".join(SITES),
         "federation.min-sites": 1,
-        "federation.rounds": 1,
         "federation.round-deadline": 60.0,
+        "federation.evaluate-every": 2,
     }
     said = len(nodes["basel"].text())
     begun = workplace.begin(config, where="hospital-net")
