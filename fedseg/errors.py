@@ -13,6 +13,7 @@ FedSegError
 """
 
 import re
+import sys
 from enum import StrEnum
 from pathlib import Path
 
@@ -29,7 +30,18 @@ __all__ = [
     "SiteError",
     "StudyError",
     "TooFewSites",
+    "out_of_memory",
 ]
+
+_NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "OOM",
+    "bad_alloc",
+    "ALLOC_FAILED",
+)
+"""What torch's CPU allocator, MPS, C++ and CUDA's libraries say in a plain RuntimeError."""
 
 _EXPECTED = re.compile(", expected | but image is ")
 
@@ -198,3 +210,11 @@ class SiteError(FedSegError):
         """Keep the reason and a message for the local log."""
         super().__init__(message or REASONS[reason])
         self.reason = reason
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out; torch has an exception of its own for it on CUDA alone."""
+    torch = sys.modules.get("torch")  # not imported for this: whoever raised its error has it
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

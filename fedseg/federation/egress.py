@@ -25,6 +25,7 @@ from fedseg.errors import (
     ProtocolError,
     Reason,
     SiteError,
+    out_of_memory,
 )
 from fedseg.greeting import SITE, Greeting, greeting_message
 from fedseg.logs import show_logs
@@ -122,8 +123,6 @@ def _attempt(step: Callable[[], Found]) -> Found | Reason:
         reason = Reason.MODEL_MISSING
         log.error("package %s isn't installed", error.name)
     except Exception as error:
-        from fedseg.segmentation.inference import out_of_memory  # torch comes with it
-
         if out_of_memory(error):
             reason = Reason.OUT_OF_MEMORY
             log.error("out of memory: %s", error)

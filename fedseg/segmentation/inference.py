@@ -15,14 +15,13 @@ from torch import nn
 from fedseg.data.plan import CLASSES, Plan
 from fedseg.data.preprocess import Modality, prepare, restore
 from fedseg.data.volumes import Volume
-from fedseg.errors import ModelError
+from fedseg.errors import ModelError, out_of_memory
 from fedseg.segmentation.norms import memory_format, place
 from fedseg.segmentation.training import choose_dtype
 
 __all__ = [
     "OnWindows",
     "Way",
-    "out_of_memory",
     "predict_labels",
     "predict_logits",
     "ways_to_predict",
@@ -37,16 +36,6 @@ _BLEND = 0.25
 
 _AT_ONCE = 4
 """Windows a forward pass; with one, oneDNN falls back to code 3 times slower in fp32."""
-
-_NO_MEMORY = (
-    "allocate memory",
-    "not enough memory",
-    "out of memory",
-    "OOM",
-    "bad_alloc",
-    "ALLOC_FAILED",
-)
-"""What torch's CPU allocator, MPS, C++ and CUDA's libraries say in a plain RuntimeError."""
 
 OnWindows = Callable[[int, int], None]
 
@@ -89,13 +78,6 @@ def ways_to_predict(plan: Plan, device: torch.device) -> list[Way]:
     if math.prod(plan.patch_size) < math.prod(wanted):
         ways.append(Way(device=device, joined=_CPU, window=plan.patch_size, at_once=1))
     return ways if device.type == "cpu" else ways + ways_to_predict(plan, _CPU)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out; torch has an exception of its own for it on CUDA alone."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def predict_logits(

@@ -21,10 +21,9 @@ from fedseg.data.preprocess import Modality
 from fedseg.data.scans import mask_names
 from fedseg.data.volumes import Volume, read_image, read_mask, write_mask
 from fedseg.data.whole_file import replace_file
-from fedseg.errors import CaseError, DataError, ModelError
+from fedseg.errors import CaseError, DataError, ModelError, out_of_memory
 from fedseg.segmentation.inference import (
     OnWindows,
-    out_of_memory,
     predict_labels,
     ways_to_predict,
 )

@@ -15,12 +15,11 @@ from torch import nn
 from fedseg.config import StudyConfig
 from fedseg.data.plan import CLASSES, Plan
 from fedseg.data.planning import make_plan
-from fedseg.errors import ModelError
+from fedseg.errors import ModelError, out_of_memory
 from fedseg.segmentation.inference import (
     Way,
     _has_room,
     _overlap,
-    out_of_memory,
     predict_logits,
     ways_to_predict,
 )
@@ -284,7 +283,7 @@ def test_other_errors_of_a_network_are_not_hidden() -> None:
 _LIMITED = """
 import resource, sys
 import numpy as np, torch
-from fedseg.errors import ModelError
+from fedseg.errors import ModelError, out_of_memory
 from fedseg.segmentation.inference import predict_logits, ways_to_predict
 from fedseg.segmentation.model_file import load_model
 from fedseg.logs import show_logs
