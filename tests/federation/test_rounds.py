@@ -102,10 +102,11 @@ def test_a_late_update_is_recorded_and_carried_only_where_asked(
 def test_compressed_updates_are_small_and_near(
     scheme: str, run_study: Run, sites: dict[int, Any]
 ) -> None:
-    plain, _ = run_study(sites, ALL)
-    packed, grid = run_study(sites, {**ALL, "federation.compression": scheme})
+    config = {**ALL, "model.width": 8}  # so that headers of arrays hardly count
+    plain, _ = run_study(sites, config)
+    packed, grid = run_study(sites, {**config, "federation.compression": scheme})
     ratio = history(packed)[1]["bytes_up"] / history(plain)[1]["bytes_up"]
-    assert ratio < {"fp16": 0.51, "int8": 0.27, "int4": 0.15, "top-k": 0.12}[scheme]
+    assert ratio < {"fp16": 0.51, "int8": 0.27, "int4": 0.15, "top-k": 0.11}[scheme]
     start = next(m for m in grid.sent if m.metadata.message_type == "train")
     begun = sent_weights(start, weights(plain))
     moved = {k: weights(plain)[k] - begun[k] for k in begun}
