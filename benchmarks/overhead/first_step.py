@@ -97,7 +97,7 @@ def play(folder: Path) -> dict[str, float]:
     from flwr.proto.message_pb2 import Message as Packed
     from flwr.supercore.task_identity import TaskIdentity
 
-    from fedseg import client_app
+    from fedseg import client_app, site_work  # noqa: F401  a message to train imports the latter
 
     times.append(time.perf_counter())
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

@@ -15,7 +15,7 @@ def main() -> None:
 
     import numpy as np
 
-    import fedseg.site_work  # noqa: F401  what a site's process imports, Flower with it
+    from fedseg import client_app, site_work  # noqa: F401  what a site's process imports
 
     imported = time.perf_counter()
     from harness import cached_scan

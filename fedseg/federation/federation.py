@@ -111,7 +111,7 @@ class Federation:
         """Pack the global model and a config: the same for every site."""
         state = self.split()
         layout = layout_of(state.shared)
-        # Flower asks for each array on its own: one vector takes a site a tenth of the requests.
+        # Flower asks for each array on its own; of one vector it asks once, and once a chunk.
         vector = {layout.digest: flatten(state.shared, layout)}
         dtype = torch.float16 if self.study.federation.download == "fp16" else None
         content = RecordDict({ARRAYS: state_to_arrays(vector, dtype=dtype), CONFIG: config})

@@ -1,8 +1,8 @@
 """A site's steps of secure aggregation as answers to messages, with the state between them.
 
 The secrets of a round are one JSON in `context.state`, which stays at the node. What is masked with
-them is in `masked`. A round has five of these messages to a site, and Flower starts a process for
-each: nothing here imports torch, which would take most of their time.
+them is in `masked`. Flower starts a process for each of these messages: nothing here imports torch,
+which would take most of their time.
 """
 
 from collections.abc import Callable
