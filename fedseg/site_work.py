@@ -39,9 +39,9 @@ from fedseg.messages import ARRAYS, BUFFERS, Task, answer_message
 from fedseg.privacy.policy import enough_cases
 from fedseg.report.at_end import report_site
 from fedseg.segmentation.evaluation import score_cases
+from fedseg.segmentation.layers import place
 from fedseg.segmentation.metrics import add
 from fedseg.segmentation.models import build_model
-from fedseg.segmentation.norms import place
 from fedseg.segmentation.sharing import split_state
 from fedseg.segmentation.training import choose_device, set_threads
 

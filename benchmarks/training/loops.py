@@ -29,8 +29,8 @@ from training_network import build
 
 from fedseg.data.patches import batches
 from fedseg.sections import TrainConfig
+from fedseg.segmentation.layers import swap_layers
 from fedseg.segmentation.losses import dice_ce
-from fedseg.segmentation.norms import keep_channels_last
 from fedseg.segmentation.training import fit, log_progress, make_optimizer
 
 SHAPE = (256, 256, 128)
@@ -42,7 +42,7 @@ CONFIG = TrainConfig()
 
 def limit(folder: Path, cases: int) -> Loop:
     """The same steps on tensors in memory: a bare loop, both formats, no progress."""
-    network = keep_channels_last(build()[0]).train()
+    network = swap_layers(build()[0]).train()
     optimizer = make_optimizer(network, CONFIG)
     drawn = list(draw(folder, cases, 8, "none"))
 

@@ -34,8 +34,8 @@ from fedseg.privacy.rehearsal import (
     set_weights,
 )
 from fedseg.privacy.views import SETTINGS, Terms
+from fedseg.segmentation.layers import place
 from fedseg.segmentation.models import build_model, parameter_count
-from fedseg.segmentation.norms import place
 
 __all__ = ["LeakReport", "Row", "leak_test"]
 

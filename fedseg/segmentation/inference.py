@@ -16,7 +16,7 @@ from fedseg.data.plan import CLASSES, Plan
 from fedseg.data.preprocess import Modality, prepare, restore
 from fedseg.data.volumes import Volume
 from fedseg.errors import ModelError, out_of_memory
-from fedseg.segmentation.norms import memory_format, place
+from fedseg.segmentation.layers import memory_format, place
 from fedseg.segmentation.training import choose_dtype
 
 __all__ = [

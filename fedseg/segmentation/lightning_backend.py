@@ -13,7 +13,7 @@ from torch import nn
 from fedseg.errors import ConfigError
 from fedseg.registry import did_you_mean
 from fedseg.sections import TrainConfig
-from fedseg.segmentation.norms import memory_format, place
+from fedseg.segmentation.layers import memory_format, place
 from fedseg.segmentation.training import (
     Batch,
     FitReport,

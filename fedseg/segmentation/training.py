@@ -15,7 +15,7 @@ from torch import nn
 
 from fedseg.errors import ConfigError
 from fedseg.sections import TrainConfig
-from fedseg.segmentation.norms import memory_format, place
+from fedseg.segmentation.layers import memory_format, place
 
 __all__ = [
     "FitReport",
