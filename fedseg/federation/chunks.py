@@ -1,16 +1,17 @@
 """Walk over a round's updates chunk by chunk, so that memory doesn't grow with their number."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
-from fedseg.federation.spool import SpooledUpdate
+__all__ = ["CHUNK", "for_each_span", "over_spans", "spans"]
 
-__all__ = ["CHUNK", "for_each_span", "spans", "stacks"]
+T = TypeVar("T")
 
-CHUNK = 2**15
-"""Values of an update read at once: torch computes so few in the thread that asks for them."""
+CHUNK = 2**17
+"""Most values of an update read at once: of fewer, opening the file costs more than reading."""
 
 _ALIGNED = 2**12
 """Chunks begin at its multiples, and so at the beginning of a block of any compression scheme."""
@@ -23,39 +24,22 @@ def spans(size: int, length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def for_each_span(work: Callable[[int, int], None], size: int, *, length: int = CHUNK) -> None:
-    """Call `work(start, stop)` for each chunk, one in each of torch's threads.
+def over_spans(work: Callable[[int, int], T], size: int, *, length: int = CHUNK) -> Iterator[T]:
+    """Yield `work(start, stop)` of each chunk in turn; torch's number of threads work ahead.
 
-    Threads here and not in each operation: two wait for each other far less often. The result
+    Threads here and not in each operation: two wait for each other far less often. The results
     can't depend on their number, for chunks have nothing to do with one another.
 
     Args:
-        work: Writes what it computes to where the chunk belongs.
+        work: What is done with a chunk.
         size: Number of values.
         length: Values of a chunk, about.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(lambda span: work(*span), spans(size, length)):
-            pass
+        yield from pool.map(lambda span: work(*span), spans(size, length))
 
 
-def stacks(
-    updates: Sequence[SpooledUpdate], *, values: int, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield `(start, stop, [S, stop - start])` over all updates at once.
-
-    Args:
-        updates: The S updates, at least one.
-        values: About so many values of all updates together are in memory.
-        dtype: Of the stack.
-
-    Yields:
-        The stack is one buffer, written anew each time: its reader may overwrite it, not keep it.
-    """
-    buffer = torch.empty(0, dtype=dtype)
-    for start, stop in spans(updates[0].size, values // len(updates)):
-        if buffer.numel() != len(updates) * (stop - start):
-            buffer = torch.empty(len(updates), stop - start, dtype=dtype)
-        for row, update in zip(buffer, updates, strict=True):
-            row.copy_(update.chunk(start, stop))
-        yield start, stop, buffer
+def for_each_span(work: Callable[[int, int], None], size: int, *, length: int = CHUNK) -> None:
+    """Call `work(start, stop)` for each chunk: it writes what it computes to where it belongs."""
+    for _ in over_spans(work, size, length=length):
+        pass

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from fedseg.federation.chunks import CHUNK, spans, stacks
+from fedseg.federation.chunks import CHUNK, over_spans, spans
 from fedseg.federation.spool import SpooledUpdate
 
 __all__ = ["gram", "squared_distances", "squared_norms"]
 
-_VALUES = 2**20
-"""Values of a chunk's stack: 8 MiB."""
+
+_STACK = 2**21
+"""Most values that a thread multiplies at once, of all updates together: 16 MiB."""
 
 
 def gram(updates: Sequence[SpooledUpdate]) -> torch.Tensor:
@@ -25,9 +26,17 @@ def gram(updates: Sequence[SpooledUpdate]) -> torch.Tensor:
     Returns:
         Inner products float64 `[S, S]`, in the order of the updates.
     """
+
+    def multiplied(start: int, stop: int) -> torch.Tensor:
+        stack = torch.empty(len(updates), stop - start, dtype=torch.float64)
+        for row, update in zip(stack, updates, strict=True):
+            row.copy_(update.chunk(start, stop))
+        return stack @ stack.T
+
     products = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for _, _, stack in stacks(updates, values=_VALUES, dtype=torch.float64):
-        products.addmm_(stack, stack.T)
+    length = min(CHUNK, _STACK // len(updates))
+    for product in over_spans(multiplied, updates[0].size, length=length):
+        products += product
     return products
 
 

@@ -22,8 +22,8 @@ __all__ = ["bulyan", "krum_choice", "median", "multikrum", "network", "trimmed_m
 
 Rows = list[npt.NDArray[Any]]
 
-_STACK = 2**21
-"""Most values that a thread sorts at once, of all updates together: 8 MiB."""
+_STACK = 2**24
+"""Most values that all threads sort at once, of all updates together: 64 MiB."""
 
 
 def median(updates: Sequence[SpooledUpdate]) -> torch.Tensor:
@@ -145,8 +145,9 @@ def _by_order(
             rows[low], spare = small, rows[low]
         change[start:stop] = reduce(rows[wanted.start : wanted.stop])
 
-    length = min(CHUNK, _STACK // len(updates))
-    for_each_span(work, len(change), length=length)
+    # No sum runs over chunks here, so their length may go by the number of threads.
+    length = _STACK // (len(updates) * torch.get_num_threads())
+    for_each_span(work, len(change), length=min(CHUNK, length))
     return torch.from_numpy(change)
 
 

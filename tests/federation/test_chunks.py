@@ -1,13 +1,10 @@
 """Tests of walking over updates chunk by chunk."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from updates import spooled
 
-from fedseg.federation.chunks import for_each_span, spans, stacks
+from fedseg.federation.chunks import for_each_span, over_spans, spans
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 100_000])
@@ -33,6 +30,16 @@ def test_each_span_is_worked_on_once(threads: int) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_come_in_the_order_of_the_values(threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        found = list(over_spans(lambda start, stop: (start, stop), 50_000, length=5000))
+    finally:
+        torch.set_num_threads(1)
+    assert found == list(spans(50_000, 5000))
+
+
 def test_what_fails_in_a_thread_is_raised() -> None:
     def work(start: int, stop: int) -> None:
         if start:
@@ -40,14 +47,3 @@ def test_what_fails_in_a_thread_is_raised() -> None:
 
     with pytest.raises(ValueError, match="shorter"):
         for_each_span(work, 50_000, length=5000)
-
-
-def test_stacks_of_all_updates(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(0).standard_normal((3, 30_001)).astype(np.float32)
-    parts, ends = [], []
-    for start, stop, stack in stacks(spooled(tmp_path, list(vectors)), values=30_000):
-        ends.append((start, stop))
-        parts.append(stack.clone())
-    assert ends[0] == (0, 8192)
-    assert ends[-1] == (24_576, 30_001)
-    np.testing.assert_array_equal(torch.cat(parts, dim=1), vectors)

@@ -17,7 +17,7 @@ from fedseg.federation.gram import gram, squared_distances, squared_norms
 def test_products_of_all_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, size: int
 ) -> None:
-    monkeypatch.setattr(module, "_VALUES", 10_000)  # several chunks, the last one short
+    monkeypatch.setattr(module, "_STACK", 10_000)  # several chunks, the last one short
     vectors = np.random.default_rng(size).standard_normal((count, size)).astype(np.float32)
     updates, exact = spooled(tmp_path, list(vectors)), vectors.astype(np.float64)
     products = gram(updates)

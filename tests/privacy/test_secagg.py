@@ -96,11 +96,12 @@ def test_below_the_threshold_a_round_fails_by_name(stage: str) -> None:
         run_round(words[:3], agreed, drop={0: "keys"})
 
 
-def test_fifty_sites_survive_the_loss_of_nineteen() -> None:
+def test_fifty_sites_survive_the_loss_of_fifteen() -> None:
+    """As many as the sparse graph is made for; with more, a site's neighbours may be too few."""
     agreed = terms()
     _, weights, words = uploads(50, agreed)
     assert len(run_round(words[:50], agreed).party.neighbours[0]) == 32
-    lost = np.random.default_rng(1).permutation(50)[:19].tolist()
+    lost = np.random.default_rng(1).permutation(50)[:15].tolist()
     stages = itertools.cycle(("shares", "upload", "unmask"))
     drop = {site: next(stages) for site in lost}
     done = run_round(words, agreed, drop=drop)
