@@ -114,13 +114,16 @@ def _write(federation: Federation, line: dict[str, Any]) -> None:
 
 
 def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -> None:
-    """Score the moved model at the sites and, meanwhile, at the server."""
+    """Score the moved model at the sites that hold cases out and, meanwhile, at the server."""
     # Sites go by the same rule: surface distances cost a lot of the time of an evaluation.
     last = number == federation.study.federation.rounds
 
     def at_server() -> None:
         line.update(federation.evaluate(federation.network, distances=last))
 
+    if not federation.study.train.validation_fraction:  # the sites have nothing to score it on
+        at_server()
+        return
     if federation.study.privacy.secure_aggregation:
         secure_scores(federation, number, line, at_server)
         return
@@ -164,12 +167,15 @@ def _answers(
 def personal_models(federation: Federation) -> dict[str, dict[str, Any]]:
     """After the last round: each site compares what it trained last with the global model.
 
-    A site keeps its own as a personal model only where it is better on its own held-out cases.
+    A site keeps its own as a personal model only where it is better on its own held-out cases; in
+    a study that holds none out nobody is asked.
 
     Returns:
         Entries of the manifest. `personal`: for each site that answered whether it kept one, and
         the metrics of both; under secure aggregation `personal_sum`: the same of all together.
     """
+    if not federation.study.train.validation_fraction:
+        return {}
     if federation.study.privacy.secure_aggregation:
         summed = secure_personal(federation)
         return {"personal_sum": summed} if summed else {}

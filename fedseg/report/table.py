@@ -212,6 +212,8 @@ def result_table(history: Sequence[Mapping[str, Any]]) -> str:
             columns[scope] = last[scope]
     if any(site.get("metrics") for site in last["sites"].values()):
         columns |= {name: site.get("metrics") or {} for name, site in last["sites"].items()}
+    if not columns:
+        return "Nothing was scored: no cases are held out, at the server or at the sites."
     title = f"Round {last['round']}: mean over cases"
     if "global" in columns:
         title += " (global: held out at the server)"

@@ -57,6 +57,27 @@ def test_a_fraction_of_the_sites_is_drawn_anew_each_round(
     assert same(folder, again)
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_sites_without_held_out_cases_are_asked_for_no_scores(
+    run_study: Run, sites: dict[int, Any], capsys: pytest.CaptureFixture[str], secure: bool
+) -> None:
+    config = {
+        **ALL,
+        "federation.rounds": 2,
+        "federation.personal": True,
+        "train.validation-fraction": 0.0,
+        "data.server-cases": 0,
+        "privacy.secure-aggregation": secure,
+        "federation.guard": not secure,
+    }
+    folder, grid = run_study(sites, config)
+    assert not [m for m in grid.sent if m.metadata.message_type == "evaluate"]
+    assert len(history(folder)) == 3
+    assert (folder.path / "report.html").exists()
+    shown = capsys.readouterr().out
+    assert "Nothing was scored: no cases are held out, at the server or at the sites." in shown
+
+
 @pytest.mark.parametrize("late", ["drop", "carry"])
 def test_a_late_update_is_recorded_and_carried_only_where_asked(
     late: str, run_study: Run, sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
