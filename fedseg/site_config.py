@@ -36,7 +36,7 @@ _FLOWER_KEYS = {"partition-id", "num-partitions", "site-config"}
 
 
 def fedseg_home() -> Path:
-    """Folder of caches and runs: `$FEDSEG_HOME`, else `~/.fedseg`."""
+    """Folder of caches, ledgers and keys, not of runs: `$FEDSEG_HOME`, else `~/.fedseg`."""
     return Path(os.environ.get("FEDSEG_HOME") or "~/.fedseg").expanduser().absolute()
 
 
