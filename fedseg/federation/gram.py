@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from fedseg.federation.chunks import CHUNK, over_spans, spans
+from fedseg.federation.chunks import CHUNK, spans
 from fedseg.federation.spool import SpooledUpdate
 
 __all__ = ["gram", "squared_distances", "squared_norms"]
 
-
 _STACK = 2**21
-"""Most values that a thread multiplies at once, of all updates together: 16 MiB."""
+"""Most values multiplied at once, of all updates together: 16 MiB."""
 
 
 def gram(updates: Sequence[SpooledUpdate]) -> torch.Tensor:
@@ -26,17 +25,15 @@ def gram(updates: Sequence[SpooledUpdate]) -> torch.Tensor:
     Returns:
         Inner products float64 `[S, S]`, in the order of the updates.
     """
-
-    def multiplied(start: int, stop: int) -> torch.Tensor:
-        stack = torch.empty(len(updates), stop - start, dtype=torch.float64)
-        for row, update in zip(stack, updates, strict=True):
-            row.copy_(update.chunk(start, stop))
-        return stack @ stack.T
-
     products = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     length = min(CHUNK, _STACK // len(updates))
-    for product in over_spans(multiplied, updates[0].size, length=length):
-        products += product
+    stack = torch.empty(0, dtype=torch.float64)
+    for start, stop in spans(updates[0].size, length):
+        if stack.numel() != len(updates) * (stop - start):  # one for all but the last
+            stack = torch.empty(len(updates), stop - start, dtype=torch.float64)
+        for row, update in zip(stack, updates, strict=True):
+            row.copy_(update.chunk(start, stop))
+        products.addmm_(stack, stack.T)
     return products
 
 

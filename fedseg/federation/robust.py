@@ -22,8 +22,8 @@ __all__ = ["bulyan", "krum_choice", "median", "multikrum", "network", "trimmed_m
 
 Rows = list[npt.NDArray[Any]]
 
-_STACK = 2**24
-"""Most values that all threads sort at once, of all updates together: 64 MiB."""
+_STACK = 2**23
+"""Most values that all threads sort at once, of all updates together: 32 MiB."""
 
 
 def median(updates: Sequence[SpooledUpdate]) -> torch.Tensor:

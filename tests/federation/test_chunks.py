@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedseg.federation.chunks import for_each_span, over_spans, spans
+from fedseg.federation.chunks import for_each_span, spans
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 100_000])
@@ -28,16 +28,6 @@ def test_each_span_is_worked_on_once(threads: int) -> None:
         assert (counts == 1).all()
     finally:
         torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_results_come_in_the_order_of_the_values(threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        found = list(over_spans(lambda start, stop: (start, stop), 50_000, length=5000))
-    finally:
-        torch.set_num_threads(1)
-    assert found == list(spans(50_000, 5000))
 
 
 def test_what_fails_in_a_thread_is_raised() -> None:
