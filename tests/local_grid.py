@@ -1,13 +1,14 @@
 """Flower in one process: a grid whose messages go to the ClientApp next door."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 
@@ -110,11 +111,24 @@ class LocalGrid(Grid):
             answer = self.reply[node](answer)
         if answer is None:
             return []
-        self.received.append(answer)
+        self.received.append(_twin(answer))
         return [answer]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: Any = None) -> Any:
         raise AssertionError("send_and_receive holds all replies at once")
+
+
+def _twin(message: Message) -> Message:
+    """Copy a message: whoever takes a round's updates empties them."""
+    twin = copy.copy(message)
+    if message.has_content():
+        twin.__dict__["_content"] = RecordDict(
+            {
+                name: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else record
+                for name, record in message.content.items()
+            }
+        )
+    return twin
 
 
 def sent_weights(message: Message, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedseg.arrays import arrays_to_state
 from fedseg.errors import Reason
 from fedseg.federation.compression import Scheme, check_parts, finite_and_norm
-from fedseg.federation.exchange import Arrival, exchange, read_arrival
+from fedseg.federation.exchange import Arrival, exchange, free_arrays, read_arrival
 from fedseg.federation.flat import Layout
 from fedseg.federation.spool import open_update, spool
 from fedseg.messages import TRAIN_METRICS, Answer
@@ -106,6 +106,7 @@ def pull_late(
     for reply in grid.pull_messages([message_id]):
         arrival = Arrival(site=site, message=reply, seconds=0.0)
         line, update = _take(arrival, f"{site}@{age}", inbox)
+        free_arrays(reply)
         late = update and Update(path=update.path, metrics=update.metrics, age=age)
         return line, late
     return None

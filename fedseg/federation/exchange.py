@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedseg.messages import LATE, Answer, read_answer
 
-__all__ = ["Arrival", "exchange", "poll_pause", "read_arrival"]
+__all__ = ["Arrival", "exchange", "free_arrays", "poll_pause", "read_arrival"]
 
 _SHORTEST, _LONGEST, _SHARE = 0.1, 1.0, 0.02
 
@@ -56,6 +56,8 @@ def exchange(
 ) -> Iterator[Arrival]:
     """Push all messages at once; yield one arrival a site, late ones last.
 
+    An arrival's arrays are gone once the next is asked for, see `free_arrays`.
+
     Args:
         grid: Flower's grid.
         messages: One message for each site.
@@ -75,12 +77,24 @@ def _arrivals(
             for reply in grid.pull_messages([message_id]) if message_id else ():
                 del open_ids[site]
                 yield Arrival(site=site, message=reply, seconds=time.monotonic() - began)
+                free_arrays(reply)
         if set(open_ids) <= hurried or time.monotonic() - began > deadline:
             break
         time.sleep(poll_pause(time.monotonic() - began))
     for site, message_id in open_ids.items():
         seconds = time.monotonic() - began
         yield Arrival(site=site, message=None, seconds=seconds, message_id=message_id)
+
+
+def free_arrays(message: Message) -> None:
+    """Empty a message's array records.
+
+    Flower's records refer to themselves, so Python frees them only when it looks for cycles, and
+    that goes by the number of objects: a dozen updates of one large array each pile up till then.
+    """
+    if message.has_content():
+        for record in message.content.array_records.values():
+            record.clear()
 
 
 def poll_pause(waited: float) -> float:
