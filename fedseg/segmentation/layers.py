@@ -1,8 +1,11 @@
 """Layers that take the place of PyTorch's where those are slow or wrong, and memory formats."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["memory_format", "place", "swap_layers"]
 
@@ -27,7 +30,7 @@ class _InstanceNorm3d(nn.InstanceNorm3d):
         return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
-class _Conv3d(nn.Conv3d):
+class _ExactWhereWide(_ConvNd):
     """Computes in float32 where the kernel is wider than the image, at the bottom of a deep U-Net.
 
     There the gradient of the weights in bf16 on a CPU has whatever lay in memory before (oneDNN in
@@ -35,21 +38,19 @@ class _Conv3d(nn.Conv3d):
     takes no time in either format.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, *rest: Any) -> torch.Tensor:
         if not _is_wide(self, input):
-            return super().forward(input)
+            return super().forward(input, *rest)  # type: ignore[no-any-return]
         with torch.autocast("cpu", enabled=False):
-            return super().forward(input.float())
+            return super().forward(input.float(), *rest)  # type: ignore[no-any-return]
 
 
-class _ConvTranspose3d(nn.ConvTranspose3d):
-    """The same of transposed convolutions."""
+class _Conv3d(_ExactWhereWide, nn.Conv3d):
+    """A convolution."""
 
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        if not _is_wide(self, input):
-            return super().forward(input, output_size)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(input.float(), output_size)
+
+class _ConvTranspose3d(_ExactWhereWide, nn.ConvTranspose3d):
+    """A transposed convolution."""
 
 
 _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
@@ -59,7 +60,7 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _is_wide(layer: nn.Conv3d | nn.ConvTranspose3d, input: torch.Tensor) -> bool:
+def _is_wide(layer: _ConvNd, input: torch.Tensor) -> bool:
     """Whether a kernel reaches beyond both ends of an image that is computed in bf16 on a CPU."""
     if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return False

@@ -96,18 +96,31 @@ def test_below_the_threshold_a_round_fails_by_name(stage: str) -> None:
         run_round(words[:3], agreed, drop={0: "keys"})
 
 
-def test_fifty_sites_survive_the_loss_of_fifteen() -> None:
-    """As many as the sparse graph is made for; with more, a site's neighbours may be too few."""
+def lose(count: int, of: int) -> None:
+    """Run a round that so many sites leave at different stages; check its sum."""
     agreed = terms()
-    _, weights, words = uploads(50, agreed)
-    assert len(run_round(words[:50], agreed).party.neighbours[0]) == 32
-    lost = np.random.default_rng(1).permutation(50)[:15].tolist()
+    _, weights, words = uploads(of, agreed)
+    lost = np.random.default_rng(1).permutation(of)[:count].tolist()
     stages = itertools.cycle(("shares", "upload", "unmask"))
     drop = {site: next(stages) for site in lost}
     done = run_round(words, agreed, drop=drop)
+    assert len(done.party.neighbours[0]) == 32
     np.testing.assert_array_equal(done.total.words, plain_sum(done))
     gone = [site for site, stage in drop.items() if stage != "unmask"]
     assert decoded(done, SIZE)[1] == weights.sum() - weights[gone].sum()
+
+
+def test_fifty_sites_survive_the_loss_of_fifteen() -> None:
+    """As many as the sparse graph is made for; which sites are neighbours is drawn anew."""
+    lose(15, of=50)
+
+
+def test_nineteen_lost_of_fifty_give_the_right_sum_or_an_error_by_name() -> None:
+    """As many as the threshold lets go: a site's neighbours may be too few, never the sum wrong."""
+    try:
+        lose(19, of=50)
+    except TooFewSites as error:
+        assert "of 33 shares of a site's secret came" in str(error)
 
 
 @pytest.mark.slow
