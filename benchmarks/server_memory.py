@@ -7,7 +7,7 @@ A process runs the real ServerApp for two rounds: plan, hello, train, guard, red
 evaluate. Its grid makes each site's reply only when the server pulls it, as one that comes over
 the network does; the replies are random updates, so no site's training is in the figures. The
 SuperLink, which keeps what sites have sent until it is pulled, is another process and not counted:
-with `--database` it keeps it on disk. Writes `benchmarks/results/<date>-server-memory.md`.
+see `superlink_memory.py`. Writes `benchmarks/results/<date>-server-memory.md`.
 """
 
 import argparse
@@ -77,8 +77,7 @@ class Distant(Grid):
         for message in messages:
             metadata = message.metadata
             if metadata.message_type == "train":
-                arrays = message.content.array_records[ARRAYS]
-                (self.length,) = next(iter(arrays.values())).shape
+                self.length = model_length(message)
             to = Message(
                 RecordDict(),
                 dst_node_id=metadata.dst_node_id,
@@ -92,26 +91,35 @@ class Distant(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         (message_id,) = message_ids
         to = self.asked.pop(message_id)
-        node, kind = to.metadata.dst_node_id, to.metadata.message_type
-        if kind == "query.hello":
-            name = f"site-{node - 1}"
-            return [greeting_message(to, Greeting(name=name, simulated=True, sites=self.sites))]
-        if kind == "query.fingerprint":
-            return [answer_message(to, status="refused")]
-        if kind == "train":
-            metrics = {**dict.fromkeys(TRAIN_METRICS, 1.0), "annotated": 2.0}
-            return [answer_message(to, status="ok", metrics=metrics, update=self.update(node))]
-        return [answer_message(to, status="ok", metrics=empty_sums())]
-
-    def update(self, node: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng(node)
-        drawn = rng.standard_normal(self.length, dtype=np.float32) * 0.01
-        return encode(torch.from_numpy(drawn), self.scheme)
+        node = to.metadata.dst_node_id
+        greeting = Greeting(name=f"site-{node - 1}", simulated=True, sites=self.sites)
+        return [answer(to, greeting, node, self.length, self.scheme)]
 
 
-def child(sites: int, strategy: str, folder: str, width: int, compression: str) -> None:
-    """Run one study and print the number of parameters."""
-    config: dict[str, Any] = {
+def model_length(message: Message) -> int:
+    """Number of the shared floats in a message to train."""
+    (length,) = next(iter(message.content.array_records[ARRAYS].values())).shape
+    return int(length)
+
+
+def answer(to: Message, greeting: Greeting, seed: int, length: int, scheme: Scheme) -> Message:
+    """What a site says: to train a random update of so many values; of scores, that it has none."""
+    kind = to.metadata.message_type
+    if kind == "query.hello":
+        return greeting_message(to, greeting)
+    if kind == "query.fingerprint":
+        return answer_message(to, status="refused")
+    if kind == "train":
+        drawn = np.random.default_rng(seed).standard_normal(length, dtype=np.float32) * 0.01
+        metrics = {**dict.fromkeys(TRAIN_METRICS, 1.0), "annotated": 2.0}
+        update = encode(torch.from_numpy(drawn), scheme)
+        return answer_message(to, status="ok", metrics=metrics, update=update)
+    return answer_message(to, status="ok", metrics=empty_sums())
+
+
+def study_config(sites: int, strategy: str, width: int, compression: str) -> dict[str, Any]:
+    """Two rounds of a study of which only the weights are large."""
+    return {
         "model.width": width,
         "model.depth": 5,
         "train.patch-size": "32,32,32",
@@ -124,8 +132,12 @@ def child(sites: int, strategy: str, folder: str, width: int, compression: str) 
         "federation.compression": compression,
         "federation.sites": str(sites),
         "federation.personal": False,
-        "output.dir": folder,
     }
+
+
+def child(sites: int, strategy: str, folder: str, width: int, compression: str) -> None:
+    """Run one study."""
+    config = {**study_config(sites, strategy, width, compression), "output.dir": folder}
     scheme = scheme_of(StudyConfig.from_run_config(config).federation)
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1

@@ -26,8 +26,10 @@ def site_table(run: Run) -> Table | None:
     if not names:
         return None
     if not any(site.metrics for part in run.rounds for site in part.sites.values()):
+        scored = any(part.scopes.get("federated") for part in run.rounds)
+        why = "its own scores stay at the site" if scored else "none holds cases out"
         return Table(
-            caption="Rounds that each site took part in; its own scores stay at the site",
+            caption=f"Rounds that each site took part in; {why}",
             corner="site",
             heads=[_GAVE],
             rows=[(name, [_rounds_with(run, name)]) for name in names],

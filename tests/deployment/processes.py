@@ -275,6 +275,7 @@ class Workplace:
         self,
         *options: str | Path,
         port: int | None = None,
+        database: bool = True,
         env: Mapping[str, str] | None = None,
     ) -> Process:
         """Start a SuperLink and wait until it listens; without options it has no TLS."""
@@ -286,7 +287,7 @@ class Workplace:
             *(options or ("--insecure",)),
             *("--host", "127.0.0.1", "--port", str(port)),
             "--disable-runtime-dependency-installation",
-            *("--database", self.root / "state.db"),
+            *(("--database", self.root / "state.db") if database else ()),
             env=self.env("server", **(env or {})),
         )
 

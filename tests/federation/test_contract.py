@@ -1,13 +1,15 @@
-"""Every strategy with every weighting: two rounds of real local steps against a numpy oracle."""
+"""Every strategy with every weighting, every model: two rounds of real steps against an oracle."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
+from safetensors.torch import load_file
 from torch import nn
 from updates import State, identity, spooled, study, template
 
@@ -25,6 +27,7 @@ from fedseg.federation.strategies import (
     train_config,
 )
 from fedseg.federation.weighting import WEIGHTINGS
+from fedseg.segmentation.models import MODELS
 
 COUNT = 7  # Bulyan against one malicious site
 STEPS = [2 + site % 3 for site in range(COUNT)]
@@ -198,3 +201,45 @@ def test_two_rounds_are_those_of_the_oracle(tmp_path: Path, name: str, weighting
         found = flatten(state, layout).numpy()
         np.testing.assert_allclose(found, expected, atol=2e-6)
         assert (found != before.numpy()).mean() > 0.9
+
+
+def one_vector(message: Message, record: str) -> np.ndarray:
+    (array,) = message.content.array_records[record].values()
+    return array.numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_rounds_of_every_model_are_those_of_the_oracle(
+    run_study: Callable[..., Any], make_site: Callable[..., Path], name: str
+) -> None:
+    cases = {1: 2, 2: 4, 3: 3}
+    nodes = {
+        node: {"data-dir": str(make_site(f"site-{node}", cases=count, seed=node)), "device": "cpu"}
+        for node, count in cases.items()
+    }
+    depth, side = (5, 32) if name == "unet++" else (3, 16)
+    config = {
+        "model.name": name,
+        "model.depth": depth,
+        "train.patch-size": f"{side},{side},{side}",
+        "train.validation-fraction": 0.0,
+        "train.steps-per-epoch": 1,
+        "federation.sites": "3",
+        "federation.guard": False,
+    }
+    folder, grid = run_study(nodes, config)
+
+    def of_round(messages: list[Message], number: int) -> list[Message]:
+        to_train = [m for m in messages if m.metadata.message_type == "train"]
+        return to_train[3 * (number - 1) : 3 * number]
+
+    ends = load_file(folder.path / "model-last.safetensors")
+    last = np.concatenate([ends[key].numpy().ravel() for key in sorted(ends)])
+    for number, after in ((1, one_vector(of_round(grid.sent, 2)[0], "arrays")), (2, last)):
+        before = one_vector(of_round(grid.sent, number)[0], "arrays")
+        mean = np.zeros_like(before)
+        for update in of_round(grid.received, number):
+            site = cases[update.metadata.src_node_id]
+            mean += site / sum(cases.values()) * one_vector(update, "update")
+        np.testing.assert_allclose(after, before + mean, atol=2e-6)
+        assert (after != before).mean() > 0.9
