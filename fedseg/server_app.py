@@ -1,5 +1,6 @@
 """The ServerApp: read the study config, find the sites, run the rounds, show the result."""
 
+import copy
 import logging
 import os
 import sys
@@ -183,9 +184,9 @@ def _new(grid: Grid, study: StudyConfig) -> Federation:
 
 def _resumed(grid: Grid, study: StudyConfig) -> Federation:
     """Open a run's folder and take up its checkpoint; nothing is planned anew."""
-    run = resume(study)
+    run = resume(study, typed=grid.run.override_config)
     network, strategy = _parts(run.study, run.plan)
-    sites = _enough_sites(grid, run.study)
+    sites = _enough_sites(grid, run.study, least=run.checkpoint.progress.sites)
     check_privacy(run.study, network, run.plan, sites=len(sites))
     network.load_state_dict(run.checkpoint.model)
     restore_strategy(strategy, run.checkpoint.strategy)
@@ -217,13 +218,14 @@ def _federation(
     )
 
 
-def _enough_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
-    sites = find_sites(grid, study)
-    least = least_sites(study)
-    if len(sites) < least:
+def _enough_sites(grid: Grid, study: StudyConfig, *, least: int = 0) -> list[KnownSite]:
+    """Find the sites; `least` are waited for, up to the deadline, where the study names none."""
+    sites = find_sites(grid, study, least=least)
+    needed = least_sites(study)
+    if len(sites) < needed:
         raise StudyError(
             f"federation.strategy: '{study.federation.strategy}' got {len(sites)} sites; expected "
-            f"at least {least}; take another strategy or a smaller federation.malicious-sites"
+            f"at least {needed}; take another strategy or a smaller federation.malicious-sites"
         )
     return sites
 
@@ -313,6 +315,9 @@ def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> Serve
         return summarise(sums)
 
     def evaluate(network: nn.Module, *, distances: bool = False) -> dict[str, Summary]:
+        if device.type != "cpu" and groups:
+            # Scoring brings a network to its device, and the global model is averaged on the CPU.
+            network = copy.deepcopy(network)
         return {name: score(network, cases, distances) for name, cases in groups.items()}
 
     return evaluate

@@ -109,7 +109,7 @@ def run_study(tmp_path: Path) -> Iterator[Callable[..., tuple[RunFolder, LocalGr
         output = {"output.dir": str(tmp_path / "runs" / str(next(runs)))}
         run_config = {**SMALL, **output, **(config or {})}
         site_work._built.cache_clear()
-        grid = LocalGrid(node_configs, run_config, **hooks)
+        grid = LocalGrid(node_configs, run_config, typed=config, **hooks)
         run.grid = grid  # type: ignore[attr-defined]
         context = Context(7, 1, {}, RecordDict(), run_config)
         return server_app.run_study(grid, context), grid

@@ -41,6 +41,7 @@ class LocalGrid(Grid):
         around: Node id to a context in which its ClientApp runs.
         reply: Node id to a function that changes or drops its reply.
         last_first: Hand out replies in the opposite order.
+        typed: Keys of the run config that the user gave; the others are the app's defaults.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class LocalGrid(Grid):
         around: dict[int, ClientHook] | None = None,
         reply: dict[int, ReplyHook] | None = None,
         last_first: bool = False,
+        typed: Mapping[str, Any] | None = None,
     ) -> None:
         self.node_configs, self.run_config = node_configs, run_config
         self.names, self.around, self.reply = names or {}, around or {}, reply or {}
         self.last_first = last_first
+        self._run = SimpleNamespace(override_config=dict(typed or {}))
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self._pending: dict[str, Message] = {}
@@ -70,7 +73,7 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Any:
-        return None
+        return self._run
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError

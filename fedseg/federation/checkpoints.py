@@ -29,8 +29,9 @@ class Progress:
 
     Attributes:
         round: Last whole round.
-        best: Score of the best model so far.
-        since_best: Evaluations since then.
+        best: Score of the best model so far, see `history.score`.
+        best_regions: Number of regions in it.
+        since_best: Evaluations since then; those of fewer regions say nothing.
         quarantine: The guard's state, see `guard.Quarantine`.
         late: Sites that haven't answered: name to the round they were asked in and the message id.
         sites: Number of sites the run began with.
@@ -40,6 +41,7 @@ class Progress:
 
     round: int = 0
     best: float | None = None
+    best_regions: int = 0
     since_best: int = 0
     quarantine: dict[str, Any] = field(default_factory=dict)
     late: dict[str, tuple[int, str]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from fedseg.errors import Reason
 from fedseg.federation.compression import Scheme, check_parts, finite_and_norm
 from fedseg.federation.exchange import Arrival, exchange, free_arrays, read_arrival
 from fedseg.federation.flat import Layout
-from fedseg.federation.spool import open_update, spool
+from fedseg.federation.spool import no_room, open_update, spool
 from fedseg.messages import TRAIN_METRICS, Answer
 from fedseg.segmentation.metrics import MOST_SUM
 
@@ -152,8 +152,11 @@ def _take(arrival: Arrival, name: str, inbox: Inbox) -> tuple[dict[str, Any], Up
     if parts is None:
         return line, None
     # The note goes first: an update counts as spooled once its own file has its name.
-    inbox.folder.mkdir(parents=True, exist_ok=True)
-    (inbox.folder / f"{name}.json").write_text(json.dumps(line), encoding="utf-8")
+    try:
+        inbox.folder.mkdir(parents=True, exist_ok=True)
+        (inbox.folder / f"{name}.json").write_text(json.dumps(line), encoding="utf-8")
+    except OSError as error:
+        raise no_room(inbox.folder, error) from None
     path = spool(inbox.folder, name, parts, scheme=inbox.scheme)
     return line, Update(path=path, metrics=answer.metrics)
 

@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedseg.errors import Reason
 from fedseg.messages import LATE, Answer, read_answer
 
 __all__ = ["Arrival", "exchange", "free_arrays", "poll_pause", "read_arrival"]
 
 _SHORTEST, _LONGEST, _SHARE = 0.1, 1.0, 0.02
 
+_GONE = Answer(status="failed", reason=Reason.UNREACHABLE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """A reply, or its absence at the deadline.
+    """A reply, or its absence: at the deadline, or at once where the site's node is gone.
 
     Attributes:
         site: Name of the site.
         message: The reply, None if it is late.
         seconds: From sending to arrival.
-        message_id: Of the message to the site, by which a late reply can still be pulled.
+        message_id: Of the message to the site, by which a late reply can still be pulled; `""`
+            where Flower took none: the node isn't registered any more.
     """
 
     site: str
@@ -43,7 +47,7 @@ def read_arrival(arrival: Arrival, *, declared: Collection[str]) -> Answer:
         declared: Keys the numbers may have.
     """
     if arrival.message is None:
-        return LATE
+        return LATE if arrival.message_id else _GONE
     return read_answer(arrival.message, declared=declared)
 
 
@@ -72,9 +76,12 @@ def exchange(
 def _arrivals(
     grid: Grid, open_ids: dict[str, str], began: float, deadline: float, hurried: set[str]
 ) -> Iterator[Arrival]:
+    for site in [site for site, message_id in open_ids.items() if not message_id]:
+        del open_ids[site]
+        yield Arrival(site=site, message=None, seconds=0.0)
     while open_ids:
         for site, message_id in list(open_ids.items()):
-            for reply in grid.pull_messages([message_id]) if message_id else ():
+            for reply in grid.pull_messages([message_id]):
                 del open_ids[site]
                 yield Arrival(site=site, message=reply, seconds=time.monotonic() - began)
                 free_arrays(reply)

@@ -27,23 +27,29 @@ def new_line(number: int, entries: Mapping[str, Any], *, seconds: float = 0.0) -
     return line
 
 
-def score(line: Mapping[str, Any], monitor: str = "") -> float | None:
-    """Number by which the best model is chosen, None where the line has none.
+def score(line: Mapping[str, Any], monitor: str = "") -> tuple[int, float] | None:
+    """What the best model is chosen by, None where the line has none.
+
+    Rounds compare by the number of regions scored first: without the one site that annotates
+    tumour a round's mean Dice is the liver's alone, and higher than that of any whole round.
 
     Args:
         line: A line of the history.
         monitor: `scope.metric`, e.g. `federated.liver.dice`; `""`: the mean Dice of the regions on
             the server's cases where it has any, else on the sites'.
+
+    Returns:
+        Number of regions in it, and the metric.
     """
     if monitor:
         scope, _, metric = monitor.partition(".")
         value = line.get(scope, {}).get(metric)
-        return None if value is None else float(value)
+        return None if value is None else (1, float(value))
     for scope in ("global", "federated"):
         found = [line.get(scope, {}).get(f"{region}.dice") for region in REGIONS]
         known = [value for value in found if value is not None]
         if known:
-            return float(sum(known) / len(known))
+            return len(known), float(sum(known) / len(known))
     return None
 
 

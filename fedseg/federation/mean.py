@@ -109,7 +109,9 @@ def step_factors(parts: Sequence[float], steps: Sequence[float]) -> list[float]:
 
         change = tau_eff * sum_i p_i d_i,  d_i = update_i / tau_i,  tau_eff = sum_i p_i tau_i
 
-    with p_i a site's part of the mean and tau_i its local steps. It is FedNova's own formula for
+    with p_i a site's part of the mean and tau_i its local steps, and tau_eff at most twice their
+    weighted median: it stretches the updates of all who did fewer steps, and what one site does, or
+    says it did, mustn't decide how far. Otherwise it is FedNova's own formula for
     local SGD; for SGD with momentum FedNova would count its steps by the momentum's geometric sum,
     and AdamW isn't in its theory: there this is plain averaging of mean steps.
 
@@ -117,8 +119,20 @@ def step_factors(parts: Sequence[float], steps: Sequence[float]) -> list[float]:
         parts: S factors of a mean, see `shares` and `undiluted`.
         steps: Local steps of each site, at least 1.
     """
-    effective = sum(part * count for part, count in zip(shares(parts), steps, strict=True))
+    weights = shares(parts)
+    effective = sum(part * count for part, count in zip(weights, steps, strict=True))
+    effective = min(effective, 2 * _weighted_median(steps, weights))
     return [part * effective / count for part, count in zip(parts, steps, strict=True)]
+
+
+def _weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The first value, from below, with half of the weight (of sum 1) at or under it."""
+    reached = 0.0
+    for value, weight in sorted(zip(values, weights, strict=True)):
+        reached += weight
+        if reached >= 0.5:
+            return value
+    return max(values)  # the sum's rounding
 
 
 def fair_factors(

@@ -1,5 +1,6 @@
 """Go on with a killed or finished run: same folder, same config, next round."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from fedseg.federation.checkpoints import Checkpoint, load_checkpoint
 from fedseg.federation.run_folder import RunFolder
 
 __all__ = ["Resumed", "resume"]
+
+
+_MAY_GROW = ("rounds", "connect_deadline", "round_deadline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +33,15 @@ class Resumed:
     checkpoint: Checkpoint
 
 
-def resume(study: StudyConfig) -> Resumed:
+def resume(study: StudyConfig, typed: Collection[str]) -> Resumed:
     """Open the run that `output.resume` names: an id in `output.dir`, or a folder.
 
-    The stored config counts. Rounds and deadlines may grow: of the stored and the new number, the
-    larger is taken, so that `-c 'output.resume="RUN"'` alone changes nothing.
+    The stored config counts. Rounds and deadlines may grow where they are typed anew, so that
+    `-c 'output.resume="RUN"'` alone changes nothing.
+
+    Args:
+        study: The new config.
+        typed: Keys that the user gave, e.g. `federation.rounds`; the others are an app's defaults.
 
     Raises:
         StudyError: There is no such run, or it can't be read.
@@ -54,11 +62,13 @@ def resume(study: StudyConfig) -> Resumed:
     # Replies to a run that is gone never come.
     checkpoint.progress.late.clear()
     folder.write_history(checkpoint.progress.history)
-    return Resumed(study=_merged(stored, study), plan=plan, folder=folder, checkpoint=checkpoint)
+    return Resumed(
+        study=_merged(stored, study, typed), plan=plan, folder=folder, checkpoint=checkpoint
+    )
 
 
-def _merged(stored: StudyConfig, new: StudyConfig) -> StudyConfig:
-    keys = ("rounds", "connect_deadline", "round_deadline")
+def _merged(stored: StudyConfig, new: StudyConfig, typed: Collection[str]) -> StudyConfig:
+    keys = [key for key in _MAY_GROW if f"federation.{key.replace('_', '-')}" in typed]
     larger = {key: max(getattr(part.federation, key) for part in (stored, new)) for key in keys}
     federation = stored.federation.model_copy(update=larger)
     return stored.model_copy(update={"federation": federation, "output": new.output})

@@ -100,10 +100,10 @@ def _write(federation: Federation, line: dict[str, Any]) -> None:
     state = federation.network.state_dict()
     notes = {"run": folder.run_id, "round": str(line["round"])}
     reached = score(line, federation.study.federation.monitor)
-    if reached is not None:
+    if reached is not None and reached[0] >= progress.best_regions:
         progress.since_best += 1
-        if progress.best is None or reached > progress.best:
-            progress.best, progress.since_best = reached, 0
+        if progress.best is None or reached > (progress.best_regions, progress.best):
+            (progress.best_regions, progress.best), progress.since_best = reached, 0
             save_model(folder.path / "model-best.safetensors", state, federation.plan, **notes)
     save_model(folder.path / "model-last.safetensors", state, federation.plan, **notes)
     progress.history.append(line)
@@ -127,6 +127,8 @@ def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -
     if federation.study.privacy.secure_aggregation:
         secure_scores(federation, number, line, at_server)
         return
+    for name in federation.progress.late:  # still at work: an evaluation would wait behind it
+        line["sites"].setdefault(name, {})["no_metrics"] = Reason.DEADLINE.value
     arrivals = _ask(federation, number)
     at_server()
     parts = []
@@ -145,10 +147,12 @@ def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -
 
 
 def _ask(federation: Federation, number: int, *, final: bool = False) -> Iterator[Arrival]:
+    """Ask all sites that aren't at work on something else for the model's scores."""
+    free = [site for site in federation.sites if site.name not in federation.progress.late]
     content = federation.content(federation.task(number, final=final))
     return exchange(
         federation.grid,
-        messages_to(federation.sites, content, "evaluate"),
+        messages_to(free, content, "evaluate"),
         deadline=federation.study.federation.round_deadline,
     )
 

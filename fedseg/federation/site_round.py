@@ -17,13 +17,14 @@ from fedseg.data.patches import planned_batches
 from fedseg.data.plan import REGIONS, Plan
 from fedseg.data.prepared_cases import SiteCases
 from fedseg.data.sites import Site
+from fedseg.errors import Reason, SiteError
 from fedseg.federation.compression import finite_and_norm, scheme_of
 from fedseg.federation.feedback import encode_with_feedback
 from fedseg.federation.flat import flatten, layout_of
 from fedseg.federation.record_training import private_round, unchanged_buffers
 from fedseg.messages import PERSONAL, Task
 from fedseg.registry import resolve
-from fedseg.segmentation.kept import load_kept, save_kept
+from fedseg.segmentation.kept import load_kept, mark_finished, save_kept
 from fedseg.segmentation.lightning_backend import BACKENDS
 from fedseg.segmentation.losses import LOSSES
 from fedseg.segmentation.metrics import add, summarise
@@ -48,7 +49,7 @@ State = Mapping[str, torch.Tensor]
 Item = TypeVar("Item")
 
 _ENDLESS = 10**6
-"""Steps a time-budgeted round may have at most."""
+"""Steps a time-budgeted round may have at most: its time ends it."""
 
 
 def kept_folder(site: Site, study_run: str, round_number: int) -> Path:
@@ -92,9 +93,14 @@ def train_at_site(
     study: StudyConfig,
     device: torch.device,
 ) -> Trained:
-    """Train in place, from what the site kept of the round before; keep it for the next."""
+    """Train in place, from what the site kept of the round before; keep it for the next.
+
+    Raises:
+        SiteError: The weights aren't finite afterwards; nothing of the round is kept.
+    """
     before = kept_folder(site, task.study_run, task.round_number - 1)
     after = kept_folder(site, task.study_run, task.round_number)
+    _say_begins_anew(before, task, study)
     optimizer = make_optimizer(network, study.train)
     if study.train.optimizer_state == "keep":
         load_optimizer(optimizer, before)
@@ -106,6 +112,7 @@ def train_at_site(
     else:
         steps, drawn, how = *_steps(cases, plan, task, site, study, device), {}
     first: list[torch.Tensor] = []
+    say = log_progress(site.name or "a site", task.round_number, minutes=study.train.minutes)
     with unchanged_buffers(network) if private else nullcontext():
         report = BACKENDS[study.train.backend](
             network,
@@ -119,20 +126,35 @@ def train_at_site(
             proximal_mu=task.proximal_mu,
             device=device,
             optimizer=optimizer,
-            on_step=_noting(first, log_progress(site.name or "this site", task.round_number)),
+            on_step=_noting(first, say),
             **how,
         )
     if private:
         report = replace(report, patches=private.patches)
+    state = network.state_dict()
+    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+        raise SiteError(Reason.NOT_FINITE)
     if study.train.optimizer_state == "keep":
         save_optimizer(optimizer, after)
-    state = network.state_dict()
     if study.federation.personal:
         save_kept(after, "trained", {k: v for k, v in state.items() if v.is_floating_point()})
     local = split_state(network, study.federation.shared).local
     if local:
         save_kept(after, "local", local)
+    if after.exists():
+        mark_finished(after, finished=task.round_number >= task.rounds)
     return Trained(report=report, first_loss=float(first[0]) if first else 0.0)
+
+
+def _say_begins_anew(before: Path, task: Task, study: StudyConfig) -> None:
+    """Say that moments, local layers and what compression lost aren't those of the round before."""
+    keeps = study.train.optimizer_state == "keep" or study.federation.shared != "all"
+    if keeps and task.round_number > 1 and not before.parent.exists():
+        log.warning(
+            "round %d: nothing is kept here of this run's earlier rounds, so this site's own state "
+            "begins anew; expected where it takes part for the first time",
+            task.round_number,
+        )
 
 
 def _steps(
@@ -144,15 +166,17 @@ def _steps(
     device: torch.device,
 ) -> tuple[int, Iterator[Batch]]:
     """Steps of the round and their batches."""
-    steps = steps_in_round(study.train, len(cases.training), plan.batch_size)
     minutes = study.train.minutes
+    steps = (
+        _ENDLESS if minutes else steps_in_round(study.train, len(cases.training), plan.batch_size)
+    )
     # Randomness comes from (seed, site, round), never from process state.
     seed = [study.train.seed, task.round_number, *site.name.encode()]
     drawn = planned_batches(
         cases.training,
         plan,
         study.train,
-        steps=steps,
+        steps=_ENDLESS if minutes else steps,
         device=device,
         rng=np.random.default_rng(seed),
     )

@@ -42,8 +42,13 @@ class KnownSite:
     receipt: Receipt | None = None
 
 
-def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
+def find_sites(grid: Grid, study: StudyConfig, *, least: int = 0) -> list[KnownSite]:
     """Wait until the expected sites are there, or the deadline has passed.
+
+    Args:
+        grid: Flower's grid.
+        study: The study config.
+        least: Sites to expect where the study says nothing of it: those a resumed run began with.
 
     Returns:
         Sites in order of their names.
@@ -64,7 +69,7 @@ def find_sites(grid: Grid, study: StudyConfig) -> list[KnownSite]:
                 greeted[node] = read_greeting(reply)
         sites = _named(greeted, registered)
         heard_all = len(greeted) == len(asked) or time.monotonic() > began + _GRACE_SECONDS
-        if (heard_all and _complete(sites, greeted, study)) or time.monotonic() > end:
+        if (heard_all and _complete(sites, greeted, study, least)) or time.monotonic() > end:
             break
         if len(sites) != said:
             log.info("waiting for sites: %d there", said := len(sites))
@@ -124,7 +129,9 @@ def wanted_sites(study: StudyConfig) -> int:
     return len(names) if names else int(study.federation.sites or 0)
 
 
-def _complete(sites: list[KnownSite], greeted: dict[int, Greeting], study: StudyConfig) -> bool:
+def _complete(
+    sites: list[KnownSite], greeted: dict[int, Greeting], study: StudyConfig, least: int
+) -> bool:
     names = _wanted_names(study)
     if names:
         return set(names) <= {site.name for site in sites}
@@ -133,7 +140,7 @@ def _complete(sites: list[KnownSite], greeted: dict[int, Greeting], study: Study
     simulated = max((greeting.sites for greeting in greeted.values()), default=0)
     if simulated:
         return len(greeted) >= simulated
-    return len(sites) >= study.federation.min_sites
+    return len(sites) >= max(study.federation.min_sites, least)
 
 
 def _who_cannot(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[str]:

@@ -20,7 +20,7 @@ from fedseg.federation.codecs import Parts
 from fedseg.federation.compression import Scheme, decode, indexed, make_scheme
 from fedseg.segmentation.tensor_file import write_tensors
 
-__all__ = ["SpooledUpdate", "StoredArray", "check_room", "open_update", "spool"]
+__all__ = ["SpooledUpdate", "StoredArray", "check_room", "no_room", "open_update", "spool"]
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}
 """Types that compression sends, as safetensors and numpy name them."""
@@ -93,11 +93,15 @@ def spool(folder: Path, site: str, parts: Mapping[str, torch.Tensor], *, scheme:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, parts, metadata=notes)
     except OSError as error:
-        raise StudyError(
-            f"{folder}: an update can't be written ({error}); free space, then go on with "
-            "output.resume"
-        ) from None
+        raise no_room(folder, error) from None
     return path
+
+
+def no_room(folder: Path, error: OSError) -> StudyError:
+    """Make the error of an update that can't be written."""
+    return StudyError(
+        f"{folder}: an update can't be written ({error}); free space, then go on with output.resume"
+    )
 
 
 def open_update(path: Path, *, size: int) -> SpooledUpdate:

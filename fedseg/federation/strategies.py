@@ -129,9 +129,16 @@ def check_strategy(study: StudyConfig) -> None:
     """Check at the start that the strategy can do what the study asks for.
 
     Raises:
-        ConfigError: It takes all sites alike, or one of them, and a weighting is named.
+        ConfigError: It takes all sites alike, or one of them, and a weighting is named; or it
+            divides by steps, and so does the weighting.
     """
     name, weighting = study.federation.strategy, study.federation.weighting
+    if weighting == "inverse-steps" and (name == "fednova" or study.train.minutes):
+        by = "train.minutes" if study.train.minutes else "federation.strategy 'fednova'"
+        raise ConfigError(
+            f"federation.weighting: got 'inverse-steps' with {by}, which divides by the steps "
+            "already; take 'cases'"
+        )
     if name in _WEIGHTLESS and weighting != "cases":
         raise ConfigError(
             f"federation.weighting: got '{weighting}' with federation.strategy '{name}', which "

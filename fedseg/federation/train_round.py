@@ -27,7 +27,7 @@ from fedseg.federation.drawing import drawn_sites, planned_sites
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.flat import Layout, layout_of, unflatten
 from fedseg.federation.gram import gram
-from fedseg.federation.guard import Quarantine, decide, probe
+from fedseg.federation.guard import Quarantine, decide, probe, site_of
 from fedseg.federation.history import new_line, score, why
 from fedseg.federation.reduce import averages_steps
 from fedseg.federation.secure_round import secure_change, take_late
@@ -107,7 +107,7 @@ def _averaged(
         opened = clipped(opened, federation.study.privacy.clip)
     _guard(federation, before, opened, updates, entries)
     _warn(entries["sites"], number)
-    _check_enough(federation, number, opened, entries)
+    _check_enough(federation, number, opened, updates, entries)
     weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
     metrics = [updates[name].metrics for name in opened]
     change = federation.reduce(list(opened.values()), list(weights.values()), metrics)
@@ -151,8 +151,19 @@ def _collected(
     for part in (known, found):
         entries["sites"].update({k: v for k, v in part.lines.items() if k in wanted})
         updates.update({k: v for k, v in part.updates.items() if k in wanted})
+    if least_sites(federation.study) > 1:
+        _one_each(updates, entries)
     entries["bytes_down"] = array_bytes(content.array_records[ARRAYS]) * len(asked)
     return updates
+
+
+def _one_each(updates: dict[str, Update], entries: dict[str, Any]) -> None:
+    """Drop late updates of sites that sent a newer one: robust reducers go by one vote a site."""
+    for name in [name for name in updates if name != site_of(name) and site_of(name) in updates]:
+        updates.pop(name).path.unlink()
+        for record in entries["late"]:
+            if record["site"] == site_of(name):
+                record["used"] = False
 
 
 def _late_updates(
@@ -255,25 +266,29 @@ def _probe_loss(
         raise StudyError(
             "federation.guard-probe: the server has no cases; set data.server-dir or leave it empty"
         )
-    return 1 - reached
+    return 1 - reached[1]
 
 
 def _check_enough(
     federation: Federation,
     number: int,
     opened: Mapping[str, SpooledUpdate],
+    updates: Mapping[str, Update],
     entries: dict[str, Any],
 ) -> None:
     needed = least_sites(federation.study)
     wanted = max(federation.study.federation.min_sites, needed)
-    if len(opened) >= wanted:
+    came = {site_of(name) for name in opened}  # a site's late update is no second site
+    if len(came) >= wanted:
         return
+    for name in updates.keys() - opened.keys():  # a resume is to ask these sites again
+        updates[name].path.unlink(missing_ok=True)
     why_so_many = "federation.strategy" if wanted == needed else "federation.min-sites"
     line = new_line(number, entries)
     federation.folder.append_history(line)
     reasons = "; ".join(f"{name}: {why(site)}" for name, site in line["sites"].items())
     raise StudyError(
-        f"round {number}: got {len(opened)} good updates; expected at least {wanted} "
+        f"round {number}: got {len(came)} good updates; expected at least {wanted} "
         f"({why_so_many}); {reasons}"
     )
 

@@ -48,7 +48,8 @@ class Round:
         bytes_down: To all sites.
         privacy: What was spent, `epsilon` and `delta`; None where nothing is counted.
         late: Updates of earlier rounds: site, round, and whether it was used.
-        mean_dice: The mean Dice by which the best round is chosen, or what the study monitors.
+        score: What the best round is chosen by: number of regions, and their mean Dice or what the
+            study monitors.
         failed: Why the round moved no model, `""` where it did.
     """
 
@@ -60,7 +61,7 @@ class Round:
     bytes_down: float
     privacy: Scores | None
     late: Sequence[tuple[str, int, bool]]
-    mean_dice: float | None
+    score: tuple[int, float] | None
     failed: str = ""
 
 
@@ -126,5 +127,5 @@ class Run:
     @property
     def best(self) -> Round | None:
         """Round of the best model: the first with the highest score."""
-        scored = [part for part in self.rounds if part.mean_dice is not None]
-        return max(scored, key=lambda part: part.mean_dice or 0.0, default=None)
+        scored = [(part.score, part) for part in self.rounds if part.score is not None]
+        return max(scored, key=lambda pair: pair[0], default=(None, None))[1]

@@ -161,7 +161,7 @@ def _round(line: Mapping[str, Any], count: int, monitor: str) -> Round:
         bytes_down=number(line.get("bytes_down")) or 0.0,
         privacy=scores(privacy) if isinstance(privacy, dict) else None,
         late=_late(line.get("late")),
-        mean_dice=score(scopes, monitor),
+        score=score(scopes, monitor),
         failed=text(line.get("failed")),
     )
 

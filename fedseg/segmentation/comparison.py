@@ -130,7 +130,7 @@ def train_together(
         network,
         _drawn(shares, plan, study, steps, device, name, annotated),
         lambda logits, labels, _: loss(logits, labels, annotated[-1]),
-        study.train,
+        study.train.model_copy(update={"minutes": None}),  # steps end it
         steps=steps,
         round_number=1,
         rounds=1,

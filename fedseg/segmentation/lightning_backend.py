@@ -14,6 +14,7 @@ from fedseg.errors import ConfigError
 from fedseg.registry import did_you_mean
 from fedseg.sections import TrainConfig
 from fedseg.segmentation.layers import memory_format, place
+from fedseg.segmentation.schedule import RoundClock
 from fedseg.segmentation.training import (
     Batch,
     FitReport,
@@ -21,7 +22,6 @@ from fedseg.segmentation.training import (
     OnStep,
     choose_dtype,
     fit,
-    learning_rate,
     make_optimizer,
 )
 
@@ -158,15 +158,14 @@ class _Seen:
         on_step: OnStep | None,
         device: torch.device,
     ) -> None:
-        self.config, self.planned, self.on_step = config, steps, on_step
-        self.round_number, self.rounds = round_number, rounds
+        self.planned, self.on_step = steps, on_step
+        self.clock = RoundClock(config, steps=steps, number=round_number, rounds=rounds)
         self.steps = self.patches = 0
         self.total = torch.zeros((), device=device)
 
     def rate(self) -> float:
         """Learning rate of the next step."""
-        progress = (self.round_number - 1 + self.steps / self.planned) / self.rounds
-        return learning_rate(self.config, progress)
+        return self.clock.rate(self.steps)
 
     def add(self, loss: torch.Tensor, patches: int) -> None:
         """Count a step that is done."""

@@ -16,6 +16,7 @@ from torch import nn
 from fedseg.errors import ConfigError
 from fedseg.sections import TrainConfig
 from fedseg.segmentation.layers import memory_format, place
+from fedseg.segmentation.schedule import RoundClock
 
 __all__ = [
     "FitReport",
@@ -25,7 +26,6 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "fit",
-    "learning_rate",
     "log_progress",
     "make_optimizer",
     "set_threads",
@@ -120,22 +120,6 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(share)
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Learning rate at `progress` of the whole run, 0 to 1.
-
-    Poly is nnU-Net's, exponent 0.9.
-    """
-    if progress < config.warmup:
-        return config.learning_rate * (0.1 + 0.9 * progress / config.warmup)
-    left = 1 - (progress - config.warmup) / (1 - config.warmup)
-    factor: float = {
-        "constant": 1.0,
-        "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
-        "poly": max(left, 0.0) ** 0.9,
-    }[config.schedule]
-    return config.learning_rate * max(factor, 0.01)
-
-
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Build the local optimiser of a network that is on its device already."""
     if config.optimizer == "sgd":
@@ -218,12 +202,12 @@ def fit(
         return loss.detach(), batch[0].shape[0]
 
     began, patches, step = time.monotonic(), 0, 0
+    clock = RoundClock(config, steps=steps, number=round_number, rounds=rounds)
     # It stays on the device: reading it each step would make a GPU wait for Python.
     total = torch.zeros((), device=device)
     for step, batch in enumerate(batches, 1):
-        progress = (round_number - 1 + (step - 1) / steps) / rounds
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, progress)
+            group["lr"] = clock.rate(step - 1)
         loss, seen = descend(batch)
         total, patches = total + loss, patches + seen
         if on_step:
@@ -288,12 +272,27 @@ def steps_in_round(config: TrainConfig, cases: int, batch_size: int) -> int:
     return epoch * config.local_epochs
 
 
-def log_progress(site: str, round_number: int | None = None) -> OnStep:
-    """Make an `on_step` that logs about ten lines a round; None: there are no rounds."""
+def log_progress(
+    site: str, round_number: int | None = None, *, minutes: float | None = None
+) -> OnStep:
+    """Make an `on_step` that logs about ten lines a round.
+
+    Args:
+        site: Whose it is.
+        round_number: None: there are no rounds.
+        minutes: The round's time, where it isn't steps that end it.
+    """
     what = site if round_number is None else f"{site} · round {round_number}"
+    began, tenths = time.monotonic(), 0
 
     def on_step(step: int, steps: int, loss: torch.Tensor) -> None:
-        if step == steps or step % max(1, steps // 10) == 0:
+        nonlocal tenths
+        if minutes:
+            passed = int((time.monotonic() - began) / (6 * minutes))
+            if passed > tenths:
+                tenths = passed
+                log.info("%s · step %d of %g min · loss %.3f", what, step, minutes, float(loss))
+        elif step == steps or step % max(1, steps // 10) == 0:
             log.info("%s · step %d/%d · loss %.3f", what, step, steps, float(loss))
 
     return on_step

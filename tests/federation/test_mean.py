@@ -64,7 +64,7 @@ def test_parts_of_the_vector_may_have_other_weights(tmp_path: Path) -> None:
 
 
 def test_step_normalised_averaging_is_its_formula(tmp_path: Path) -> None:
-    given, weights, steps = vectors(3), np.array([1.0, 2.0, 5.0]), np.array([40.0, 10.0, 4.0])
+    given, weights, steps = vectors(3), np.array([1.0, 2.0, 5.0]), np.array([20.0, 10.0, 4.0])
     parts = weights / weights.sum()
     mean_steps = [vector / count for vector, count in zip(given, steps, strict=True)]
     expected = (parts @ steps) * np.average(mean_steps, axis=0, weights=weights)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from fedseg.segmentation import training
 from fedseg.segmentation.losses import dice_ce
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.optimizer_state import load_optimizer, save_optimizer
+from fedseg.segmentation.schedule import RoundClock, learning_rate
 from fedseg.segmentation.training import (
     choose_device,
     choose_dtype,
     fit,
-    learning_rate,
     log_progress,
     make_optimizer,
     set_threads,
@@ -253,6 +254,19 @@ def test_round_two_goes_on_where_round_one_ended() -> None:
         return seen
 
     assert rates(2, 2) == pytest.approx(rates(1, 4))
+
+
+def test_with_a_time_budget_the_rate_goes_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    config = TrainConfig(minutes=1.0, learning_rate=1.0, schedule="cosine")
+    clock = RoundClock(config, steps=2, number=2, rounds=2)
+    found = []
+    for seconds in (0, 30, 60, 90):
+        now[0] = 100.0 + seconds
+        found.append(clock.rate(done=500))
+    ends = [learning_rate(config, progress) for progress in (0.5, 0.75, 1.0, 1.0)]
+    assert found == pytest.approx(ends)
 
 
 def test_steps_in_a_round() -> None:
