@@ -55,7 +55,7 @@ class LocalGrid(Grid):
         last_first: bool = False,
         typed: Mapping[str, Any] | None = None,
     ) -> None:
-        self.node_configs, self.run_config = node_configs, run_config
+        self.node_configs, self.run_config = dict(node_configs), run_config
         self.names, self.around, self.reply = names or {}, around or {}, reply or {}
         self.last_first = last_first
         self._run = SimpleNamespace(override_config=dict(typed or {}))
@@ -63,10 +63,14 @@ class LocalGrid(Grid):
         self.received: list[Message] = []
         self._pending: dict[str, Message] = {}
         self._ids = (f"message-{n}" for n in itertools.count())
-        self._contexts = {
-            node: Context(0, node, dict(config), RecordDict(), dict(run_config))
-            for node, config in node_configs.items()
-        }
+        self._contexts: dict[int, Context] = {}
+        for node, config in node_configs.items():
+            self.add_node(node, config)
+
+    def add_node(self, node: int, config: dict[str, Any]) -> None:
+        """Let another node register."""
+        self.node_configs[node] = config
+        self._contexts[node] = Context(0, node, dict(config), RecordDict(), dict(self.run_config))
 
     def set_run(self, run: Any) -> None:
         """Not needed here."""

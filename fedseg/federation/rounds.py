@@ -13,6 +13,7 @@ from fedseg.federation.exchange import Arrival, exchange, read_arrival
 from fedseg.federation.federation import Federation, messages_to, outside_rounds
 from fedseg.federation.history import headline, new_line, score
 from fedseg.federation.secure_round import secure_personal, secure_scores
+from fedseg.federation.sites import find_again
 from fedseg.federation.spending import can_pay
 from fedseg.federation.strategies import strategy_state
 from fedseg.federation.train_round import train_round
@@ -44,6 +45,7 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
             _end_for_privacy(federation)
             break
         began = time.monotonic()
+        _find_again(federation)
         line = train_round(federation, number)
         last = number == settings.rounds or not can_pay(federation)
         if last or number % settings.evaluate_every == 0:
@@ -53,6 +55,17 @@ def run_rounds(federation: Federation) -> list[dict[str, Any]]:
         log.info("%s", headline(progress.history[-1], settings.rounds))
     _check_any(progress.history)
     return progress.history
+
+
+def _find_again(federation: Federation) -> None:
+    """Take back sites whose SuperNodes were restarted."""
+    back = find_again(federation.grid, federation.study, federation.sites)
+    for name, site in back.items():
+        log.info("%s is there again, as another node", name)
+        federation.progress.late.pop(name, None)  # its answer was the old node's to give
+        if site.receipt is not None:
+            federation.received += outside_rounds(name, site.receipt.entry())
+    federation.sites = [back.get(site.name, site) for site in federation.sites]
 
 
 def _check_any(history: Sequence[Mapping[str, Any]]) -> None:

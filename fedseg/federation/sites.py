@@ -15,7 +15,7 @@ from fedseg.messages import query_content
 from fedseg.receipts import Receipt
 from fedseg.site_config import valid_site_name
 
-__all__ = ["KnownSite", "find_sites", "wanted_sites"]
+__all__ = ["KnownSite", "find_again", "find_sites", "wanted_sites"]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,37 @@ def find_sites(grid: Grid, study: StudyConfig, *, least: int = 0) -> list[KnownS
     for refusal in refusals:
         log.warning("%s", refusal)
     return _chosen(sites, study, refusals, waited=time.monotonic() - began)
+
+
+def find_again(grid: Grid, study: StudyConfig, sites: list[KnownSite]) -> dict[str, KnownSite]:
+    """Look among new nodes for sites whose node is gone.
+
+    A SuperNode that isn't registered by a key is a new node each time it starts. Only the same name
+    from the same source counts: the registered one stays that.
+
+    Returns:
+        The sites that are there again, by name.
+    """
+    known, there = {site.node_id for site in sites}, {node.node_id for node in grid.get_nodes()}
+    gone = {site.name: site for site in sites if site.node_id not in there}
+    if not gone or there <= known:
+        return {}
+    began = time.monotonic()
+    greeted: dict[int, Greeting] = {}
+    registered: dict[int, str] = {}
+    asked = {f"node {node}": node for node in known}
+    _ask_new_nodes(grid, study, asked, registered)
+    while len(greeted) < len(asked) - len(known) and time.monotonic() < began + _GRACE_SECONDS:
+        for message_id, node in asked.items():
+            if node not in known and node not in greeted:
+                for reply in grid.pull_messages([message_id]):
+                    greeted[node] = read_greeting(reply)
+        time.sleep(poll_pause(time.monotonic() - began))
+    found: dict[str, list[KnownSite]] = {}
+    for site in _named(greeted, registered):
+        if site.name in gone and site.verified == gone[site.name].verified:
+            found.setdefault(site.name, []).append(site)
+    return {name: same[0] for name, same in found.items() if len(same) == 1}
 
 
 def _ask_new_nodes(

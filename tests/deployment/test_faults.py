@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from processes import FEDERATION, SMALL, Process, Run, Workplace, free_port, wait_until
+from processes import (
+    FEDERATION,
+    SMALL,
+    Process,
+    Run,
+    Workplace,
+    free_port,
+    stop_tree,
+    wait_until,
+)
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -134,3 +143,22 @@ def test_superlink_is_restarted_from_its_database_and_the_study_is_resumed(
     hospitals.superlink = place.superlink(port=hospitals.port)
     place.finish(begun)
     same_bits(resumed(hospitals, output), undisturbed)
+
+
+def test_a_supernode_that_is_restarted_takes_part_again(hospitals: Hospitals) -> None:
+    """Without a registered key it is another node then, of the same name."""
+    place, output = hospitals.place, hospitals.place.root / "runs" / "restarted"
+    basel = hospitals.nodes["basel"]
+    basel.log.write_text("")
+    more = {"output.dir": str(output), "federation.min-sites": 1, "federation.rounds": 3}
+    begun = hospitals.begun(**more)
+    hospitals.until_basel_trains(1, begun)
+    stop_tree(basel.popen.pid, reap=basel.popen.poll)
+    place.processes.remove(basel)
+    hospitals.nodes["basel"] = hospitals.start("basel", "-restarted")
+    run = place.end(begun, where=FEDERATION)
+    assert run.status == "finished:completed", run.output
+    lines = Run(run.id, run.status, run.output, newest_run(output)).history()
+    status = [line["sites"]["basel"]["status"] for line in lines[1:]]
+    assert status[0] in ("late", "failed") and status[-1] == "ok", status
+    assert {line["sites"]["aachen"]["status"] for line in lines[1:]} == {"ok"}

@@ -92,6 +92,34 @@ def test_a_node_that_is_gone_is_not_waited_for(
         assert site["no_metrics"] == "unreachable"
 
 
+def test_a_site_that_was_restarted_is_found_again_by_its_name(
+    run_study: Run, sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After round 1 dortmund's node is another one, as without registered keys."""
+    push = LocalGrid.push_messages
+
+    def restarted(self: Any, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            node, kind = message.metadata.dst_node_id, message.metadata.message_type
+            if kind == "evaluate" and node == 4:
+                self.add_node(5, self.node_configs.pop(4))
+            there = node in self.node_configs
+            ids += list(push(self, [message])) if there else [""]
+        return ids
+
+    monkeypatch.setattr(LocalGrid, "push_messages", restarted)
+    folder, grid = run_study(sites, {**ALL, "federation.rounds": 3})
+    assert history(folder)[1]["sites"]["dortmund"]["no_metrics"] == "unreachable"
+    for line in history(folder)[2:]:
+        assert line["sites"]["dortmund"]["status"] == "ok"
+        assert "no_metrics" not in line["sites"]["dortmund"]
+    hellos = [m for m in grid.sent if m.metadata.message_type == "query.hello"]
+    assert [m.metadata.dst_node_id for m in hellos] == [1, 2, 3, 4, 5]
+    received = json.loads((folder.path / "manifest.json").read_text())["received"]
+    assert sum((e["site"], e["kind"]) == ("dortmund", "hello") for e in received) == 2
+
+
 def test_a_site_that_is_late_is_not_asked_for_scores(
     run_study: Run, sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
