@@ -110,7 +110,7 @@ def liver_dice(model: Path, config: dict[str, Any]) -> float:
     """Mean liver Dice over the held-out phantoms; 0 where a model finds no liver."""
     network, plan = load_model(model)
     held_out = server_cases(StudyConfig.from_run_config(config), plan, simulated=True)["global"]
-    sums = evaluate_cases(network, held_out, plan, device=choose_device("cpu"))
+    sums = evaluate_cases(network, held_out.cases, plan, device=choose_device("cpu"))
     return float(summarise(sums)["liver.dice"] or 0)
 
 

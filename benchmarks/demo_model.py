@@ -40,8 +40,8 @@ def scores(file: Path, study: StudyConfig) -> dict[str, dict]:
     groups = server_cases(study, plan, simulated=True)
     cpu = torch.device("cpu")
     return {
-        name: summarise(evaluate_cases(network, cases, plan, device=cpu))
-        for name, cases in groups.items()
+        name: summarise(evaluate_cases(network, held.cases, plan, device=cpu))
+        for name, held in groups.items()
     }
 
 

@@ -18,9 +18,8 @@ from flwr.supercore.exit import ExitCode
 from torch import nn
 
 from fedseg.config import StudyConfig
-from fedseg.data.cache import CachedCase
 from fedseg.data.fingerprint import Fingerprint, shared_scans
-from fedseg.data.held_out import server_cases
+from fedseg.data.held_out import HeldOut, server_cases
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
 from fedseg.errors import FedSegError, StudyError
@@ -303,13 +302,14 @@ def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> Serve
     groups = server_cases(study, plan, simulated=simulated)
     device = choose_device("auto")
 
-    def score(network: nn.Module, cases: Sequence[CachedCase], distances: bool) -> Summary:
+    def score(network: nn.Module, held: HeldOut, distances: bool) -> Summary:
         sums = evaluate_cases(
             network,
-            cases,
+            held.cases,
             plan,
             device=device,
             precision=study.train.precision,
+            annotated=held.annotated,
             distances=distances,
         )
         return summarise(sums)
@@ -318,6 +318,6 @@ def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> Serve
         if device.type != "cpu" and groups:
             # Scoring brings a network to its device, and the global model is averaged on the CPU.
             network = copy.deepcopy(network)
-        return {name: score(network, cases, distances) for name, cases in groups.items()}
+        return {name: score(network, held, distances) for name, held in groups.items()}
 
     return evaluate

@@ -150,7 +150,9 @@ class PolicyConfig(Section):
     )
     share_fingerprint: bool = Field(True, description="whether the fingerprint may leave")
     fingerprint_epsilon: float | None = Field(
-        None, gt=0, description="Laplace noise on the fingerprint; empty: none"
+        None,
+        gt=0,
+        description="epsilon of the fingerprint for each case, by Laplace noise; empty: no noise",
     )
     allow_custom_code: bool = Field(
         False, description="whether pkg.mod:function of a study may be imported"

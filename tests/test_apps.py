@@ -223,7 +223,8 @@ def test_every_second_case_broken(
     run, _ = run_study({**three_sites, 44: {"data-dir": str(folder)}}, {"federation.sites": 4})
     site = history(run)[1]["sites"]["dortmund"]
     assert site["status"] == "ok"
-    assert (site["training"]["cases"], site["training"]["skipped"]) == (3, 4)  # one is held out
+    assert (site["training"]["cases"], site["training"]["skipped"]) == (4, 4)
+    assert site["metrics"]["cases"] == 0  # the two held-out ones are among the broken
 
 
 def spoil(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], Message]:

@@ -27,6 +27,7 @@ __all__ = [
     "add_fingerprints",
     "bin_of",
     "fingerprint_of",
+    "memory_told",
     "quantile",
     "resolution",
     "shared_scans",
@@ -88,7 +89,7 @@ class Fingerprint(BaseModel):
         liver: Cases with a liver mask; 0 below the minimum.
         tumor: Cases with a tumour; 0 below the minimum.
         min_count: The minimum that the site kept to.
-        held_back: What the minimum held back.
+        held_back: What the minimum, or noise, held back.
         device: Kind of device the site trains on.
         memory_gb: Its memory, rounded down to a power of two.
         digests: Keyed digest of each scan, where the sites agreed on a `study-key`.
@@ -152,10 +153,8 @@ def fingerprint_of(
     min_count: int,
     device: Literal["cpu", "cuda", "mps"] = "cpu",
     memory_gb: int = 1,
-    epsilon: float | None = None,
-    rng: np.random.Generator | None = None,
 ) -> Fingerprint:
-    """Merge, hold back, and optionally add Laplace noise.
+    """Merge and hold back; `fingerprint_noise` makes one with noise.
 
     Args:
         measures: One for each case.
@@ -163,15 +162,8 @@ def fingerprint_of(
         min_count: Fewest cases (lesions) a group of bins or a number may stand for.
         device: Kind of device.
         memory_gb: Its memory.
-        epsilon: Privacy of each histogram under adding or removing a case; None: no noise.
-        rng: Source of the noise.
     """
     histograms = {name: _histogram(name, measures, min_count) for name in EDGES}
-    if epsilon is not None:
-        rng = rng or np.random.default_rng()
-        histograms = {
-            name: _noised(histogram, 1 / epsilon, rng) for name, histogram in histograms.items()
-        }
     numbers = {
         "ct": sum(kind == "ct" for kind in modalities),
         "mr": sum(kind == "mr" for kind in modalities),
@@ -188,9 +180,14 @@ def fingerprint_of(
         min_count=min_count,
         held_back=tuple(held_back),
         device=device,
-        memory_gb=2 ** int(math.log2(max(memory_gb, 1))),
+        memory_gb=memory_told(memory_gb),
         **kept,
     )
+
+
+def memory_told(gigabytes: int) -> int:
+    """Round memory down to a power of two, at least 1."""
+    return int(2 ** int(math.log2(max(gigabytes, 1))))
 
 
 def _histogram(name: str, measures: Sequence[CaseMeasure], min_count: int) -> Histogram:
@@ -223,17 +220,6 @@ def _histogram(name: str, measures: Sequence[CaseMeasure], min_count: int) -> Hi
     return Histogram(
         mass=tuple(float(f"{value:.6g}") for value in mass), groups=tuple(starts), count=total
     )
-
-
-def _noised(histogram: Histogram, scale: float, rng: np.random.Generator) -> Histogram:
-    """Add Laplace noise to each group's mass (Dwork et al., TCC 2006; sensitivity 1 a case)."""
-    if not histogram.count:
-        return histogram
-    mass: np.ndarray = np.array(histogram.mass)
-    ends = [*histogram.groups[1:], len(mass)]
-    for start, stop in zip(histogram.groups, ends, strict=True):
-        mass[start:stop] = mass[start:stop] + rng.laplace(0, scale) / (stop - start)
-    return histogram.model_copy(update={"mass": tuple(float(max(m, 0.0)) for m in mass)})
 
 
 def add_fingerprints(parts: Iterable[Fingerprint]) -> Mapping[str, Histogram]:

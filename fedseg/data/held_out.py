@@ -1,6 +1,7 @@
 """Cases that the server holds, for the global metrics."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedseg.config import StudyConfig
@@ -12,10 +13,23 @@ from fedseg.data.sites import Case, site_cases
 from fedseg.errors import CaseError, DataError
 from fedseg.site_config import SiteConfig, fedseg_home, load_site_config
 
-__all__ = ["server_cases", "server_groups"]
+__all__ = ["HeldOut", "server_cases", "server_groups"]
 
 _SERVER = 900
 """Held-out phantoms come from the seeds of sites from this index on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A group of the server's cases, preprocessed.
+
+    Attributes:
+        cases: The cases.
+        annotated: Regions that their masks can have; of any other there is no metric.
+    """
+
+    cases: tuple[CachedCase, ...]
+    annotated: tuple[str, ...]
 
 
 def server_groups(
@@ -24,7 +38,7 @@ def server_groups(
     """Held-out cases of the server: `global`, and `unseen` of a kind that no site has.
 
     Phantoms are used only where all sites are simulated phantoms; a `site.toml` in
-    `data.server-dir` says how its masks are to be read.
+    `data.server-dir` says how its masks are to be read and which regions they have.
 
     Raises:
         DataError: `data.server-dir` can't be used.
@@ -51,20 +65,21 @@ def _server_folder(folder: Path) -> tuple[Sequence[Case], SiteConfig]:
     return listing.cases, config
 
 
-def server_cases(study: StudyConfig, plan: Plan, *, simulated: bool) -> dict[str, list[CachedCase]]:
+def server_cases(study: StudyConfig, plan: Plan, *, simulated: bool) -> dict[str, HeldOut]:
     """Preprocess the server's held-out cases; a bad one is an error, not skipped.
 
     Raises:
         DataError: `data.server-dir` or one of its cases can't be used.
     """
     cache = fedseg_home() / "cache"
-    groups: dict[str, list[CachedCase]] = {}
+    groups: dict[str, HeldOut] = {}
     try:
         for name, (cases, config) in server_groups(study, simulated=simulated).items():
-            groups[name] = [
+            prepared = tuple(
                 cached_case(case, plan, cache, modality=config.modality, label_map=config.label_map)
                 for case in cases
-            ]
+            )
+            groups[name] = HeldOut(cases=prepared, annotated=config.labels)
     except CaseError as error:
         raise DataError(f"server's cases: {error}") from None
     return groups

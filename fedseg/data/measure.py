@@ -16,8 +16,10 @@ from scipy import ndimage
 from fedseg.data.cases import Case, files_of
 from fedseg.data.checks.digest import content_digest, keyed_digest
 from fedseg.data.fingerprint import CaseMeasure, Fingerprint, bin_of, fingerprint_of
+from fedseg.data.fingerprint_noise import noised_fingerprint
 from fedseg.data.plan import REGIONS
 from fedseg.data.preprocess import AIR_HU, modality_of
+from fedseg.data.site_secret import site_secret
 from fedseg.data.sites import Site
 from fedseg.data.volumes import Volume, read_image, read_mask
 from fedseg.data.whole_file import replace_file
@@ -81,6 +83,7 @@ def site_fingerprint(site: Site) -> Fingerprint:
 
     Raises:
         SiteError: The policy shares no fingerprint, or there are fewer cases than its minimum.
+        LedgerError: The secret that noise is drawn from can't be used.
     """
     policy = site.config.policy
     if not policy.share_fingerprint:
@@ -97,28 +100,51 @@ def site_fingerprint(site: Site) -> Fingerprint:
         modalities.append(modality)
         measures.append(found)
         contents.append(content)
-    if len(measures) < policy.fingerprint_min_cases:
+    fingerprint, usable = _fingerprint(measures, modalities, site.config)
+    if usable < policy.fingerprint_min_cases:
         raise SiteError(
             Reason.POLICY_FINGERPRINT,
-            f"no fingerprint: {len(measures)} usable cases are fewer than "
+            f"no fingerprint: {usable} usable cases are fewer than "
             f"policy.fingerprint-min-cases {policy.fingerprint_min_cases}; the site still trains",
         )
-    device, memory = _device_of(site.config.device)
-    fingerprint = fingerprint_of(
-        measures,
-        modalities=modalities,
-        min_count=policy.min_count,
-        device=device,
-        memory_gb=memory,
-        epsilon=policy.fingerprint_epsilon,
-    )
-    if site.config.study_key is not None:
+    if site.config.study_key is not None and policy.fingerprint_epsilon is None:
         key = site.config.study_key.encode()
         digests = tuple(sorted(keyed_digest(bytes.fromhex(text), key) for text in contents))
         fingerprint = fingerprint.model_copy(update={"digests": digests})
     if fingerprint.held_back:
-        log.info("held back by policy.min-count: %s", ", ".join(fingerprint.held_back))
+        rule = "min-count" if policy.fingerprint_epsilon is None else "fingerprint-epsilon"
+        log.info("held back by policy.%s: %s", rule, ", ".join(fingerprint.held_back))
     return fingerprint
+
+
+def _fingerprint(
+    measures: Sequence[CaseMeasure], modalities: Sequence[Modality], config: SiteConfig
+) -> tuple[Fingerprint, int]:
+    """Also the number of cases by which the policy decides whether it leaves."""
+    device, memory = _device_of(config.device)
+    min_count, epsilon = config.policy.min_count, config.policy.fingerprint_epsilon
+    if epsilon is None:
+        fingerprint = fingerprint_of(
+            measures,
+            modalities=modalities,
+            min_count=min_count,
+            device=device,
+            memory_gb=memory,
+        )
+        return fingerprint, len(measures)
+    if config.study_key is not None:
+        log.warning("no digests of scans leave: policy.fingerprint-epsilon couldn't cover them")
+    fingerprint = noised_fingerprint(
+        measures,
+        modalities=modalities,
+        min_count=min_count,
+        epsilon=epsilon,
+        secret=site_secret(config.ledger_file),
+        device=device,
+        memory_gb=memory,
+    )
+    # Whether it leaves tells of the cases, too, so the noised number decides.
+    return fingerprint, max(1, fingerprint.ct + fingerprint.mr)
 
 
 def scan_contents(site: Site) -> list[str]:

@@ -91,7 +91,8 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
     if "partition-id" in node_config:
         log.warning("node has data-dir and partition-id: it is real, data.* doesn't apply")
     log.info("real site: data.* of the study config doesn't apply")
-    listing, config = site_cases(Path(config.data_dir).expanduser(), config)
+    root = Path(config.data_dir).expanduser()
+    listing, config = site_cases(root, config)
     for problem in listing.problems:
         log.warning("left out: %s", problem)
     return Site(
@@ -99,6 +100,7 @@ def _real(node_config: Mapping[str, Scalar]) -> Site:
         simulated=False,
         sites=0,
         config=config,
+        root=root,
         cases=listing.cases,
         unpaired=len(listing.problems),
     )

@@ -152,17 +152,22 @@ def _spacing(
         return DEFAULT_SPACING, "default: no site's fingerprint tells its spacing"
     found = [float(value) for value in medians if value is not None]
     sizes = [float(value) for value in extents if value is not None]
-    coarser = max(_COVERAGE * size / (side * mm) for size, mm in zip(sizes, found, strict=True))
-    scale = max(1.0, coarser)
-    x, y, z = (round(mm * scale, 2) for mm in found)
+    patch = study.train.patch_size or (side, side, side)
+    shares = [_COVERAGE * size / mm for size, mm in zip(sizes, found, strict=True)]
+    # Axes keep the proportions of the voxel, but for one along which a fixed patch is shorter.
+    scale = max(1.0, max(shares) / side)
+    scales = [max(scale, share / voxels) for share, voxels in zip(shares, patch, strict=True)]
+    x, y, z = (round(mm * times, 2) for mm, times in zip(found, scales, strict=True))
     bound = max(
         resolution(f"spacing.{axis}", total[f"spacing.{axis}"], mm)
         for axis, mm in zip("xyz", found, strict=True)
     )
     text = ", ".join(f"{mm:.2f}" for mm in found)
     why = f"median {text} mm (to {bound:.2f} mm)"
-    if scale > 1:
-        why += f", coarser by {scale:.2f} so that a patch sees {_COVERAGE:.0%} of the median body"
+    if max(scales) > 1:
+        times = [f"{value:.2f}" for value in scales]
+        told = times[0] if len(set(times)) == 1 else ", ".join(times)
+        why += f", coarser by {told} so that a patch sees {_COVERAGE:.0%} of the median body"
     return (x, y, z), why
 
 

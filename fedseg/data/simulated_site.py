@@ -36,7 +36,13 @@ def simulated_site(
     if study.data.source == "phantom" and not make_phantoms:
         config = load_site_config(node_config)
         return Site(
-            name=f"site-{index}", simulated=True, sites=sites, config=config, cases=(), unpaired=0
+            name=f"site-{index}",
+            simulated=True,
+            sites=sites,
+            config=config,
+            root=Path(),
+            cases=(),
+            unpaired=0,
         )
     folder, wanted = _simulated_folder(index, sites, study)
     name, config = _own_config(node_config, folder, index, study)
@@ -49,6 +55,7 @@ def simulated_site(
         simulated=True,
         sites=sites,
         config=config,
+        root=folder,
         cases=cases,
         unpaired=len(listing.problems) if wanted is None else 0,
     )

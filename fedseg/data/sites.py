@@ -27,6 +27,7 @@ class Site:
         simulated: Whether the study's `data.*` section applies.
         sites: Number of simulated sites, 0 where real.
         config: The site config.
+        root: The folder that the cases were listed in.
         cases: The cases in a fixed order.
         unpaired: Files that are no case.
     """
@@ -35,6 +36,7 @@ class Site:
     simulated: bool
     sites: int
     config: SiteConfig
+    root: Path
     cases: tuple[Case, ...]
     unpaired: int
 

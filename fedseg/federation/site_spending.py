@@ -9,18 +9,16 @@ with what is asked now count; those under a key that is lost count always.
 
 import hashlib
 import hmac
-import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fedseg.config import StudyConfig
 from fedseg.data.measure import scan_contents
 from fedseg.data.plan import Plan
+from fedseg.data.site_secret import site_secret
 from fedseg.data.sites import Site
-from fedseg.errors import ConfigError, LedgerError, Reason, SiteError
+from fedseg.errors import ConfigError, Reason, SiteError
 from fedseg.messages import Task
 from fedseg.privacy.accountant import Mechanism, epsilon_of
 from fedseg.privacy.ledger import Entry, append_judged, read
@@ -80,7 +78,7 @@ def _spending(
     """What one more release makes of what was spent."""
     mechanism = _mechanism(study, plan)
     assert mechanism is not None
-    key = _key(site.config.ledger_file)
+    key = site_secret(site.config.ledger_file)
     name = hashlib.sha256(key).hexdigest()[:16]
     cases = [_mark(content, key) for content in scan_contents(site)]
     own = set(cases)
@@ -124,28 +122,3 @@ def _mechanism_in(entry: Entry) -> Mechanism:
 
 def _mark(content: str, key: bytes) -> str:
     return hmac.new(key, bytes.fromhex(content), hashlib.sha256).hexdigest()[:16]
-
-
-def _key(ledger: Path) -> bytes:
-    """The key beside the ledger, made where there is none: whole or not at all, for one of many.
-
-    Raises:
-        LedgerError: It can't be read or written.
-    """
-    path = ledger.with_suffix(".key")
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(32))
-            try:
-                os.link(fresh, path)
-            except FileExistsError:
-                pass  # another process of this site was faster
-            finally:
-                fresh.unlink()
-        return path.read_bytes()
-    except OSError as error:
-        raise LedgerError(f"{path}: can't be used ({error.strerror}); check its folder") from None

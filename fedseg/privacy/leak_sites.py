@@ -100,7 +100,8 @@ def cohorts_of(sites: Sequence[Site], plan: Plan, *, seed: int) -> list[Cohort]:
         DataError: A site has too few usable cases.
     """
     found = [load_cases(site, plan, validation_fraction=0.5, seed=seed) for site in sites]
-    counts = [len(cases.training) + len(cases.validation) for cases in found]
+    # Of unusable cases one half may have more than the other.
+    counts = [2 * min(len(cases.training), len(cases.validation)) for cases in found]
     _check_count(counts, sum(counts))
     return [
         Cohort(members=cases.training, others=cases.validation, annotated=site.config.labels)

@@ -61,15 +61,20 @@ def report_run(
 def _draw(
     folder: Path, network: nn.Module, plan: Plan, study: StudyConfig, *, simulated: bool
 ) -> None:
-    cases = server_cases(study, plan, simulated=simulated).get("global", [])
+    held = server_cases(study, plan, simulated=simulated).get("global")
     best = folder / "model-best.safetensors"
-    if not cases or not best.is_file():
+    if held is None or not best.is_file():
         return
     network = copy.deepcopy(network)
     network.load_state_dict(read_model_file(best)[0])
+    cases, annotated = held.cases, held.annotated
     device, precision = choose_device("auto"), study.train.precision
-    scored = score_cases(network, cases, plan, device=device, precision=precision)
-    pictures = draw_pictures(network, cases, scored, plan, device=device, precision=precision)
+    scored = score_cases(
+        network, cases, plan, device=device, precision=precision, annotated=annotated
+    )
+    pictures = draw_pictures(
+        network, cases, scored, plan, device=device, precision=precision, annotated=annotated
+    )
     save_pictures(folder, pictures)
 
 

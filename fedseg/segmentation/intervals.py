@@ -16,7 +16,6 @@ Interval = tuple[float, float]
 
 REPLICATES = 2000
 
-_SUFFIXES = (".cases",)
 _PERCENTS = (2.5, 97.5)
 
 
@@ -65,12 +64,14 @@ def intervals(
         return {}
     keys = list(empty_sums())
     matrix = np.array([[sums.get(key, 0.0) for key in keys] for sums in cases])
-    whole, *drawn = (
-        summarise(dict(zip(keys, row.tolist(), strict=True)))
-        for row in (matrix.sum(0), *_draws(matrix, seed, replicates))
+    (whole,), own, drawn = (
+        [summarise(dict(zip(keys, row.tolist(), strict=True))) for row in rows]
+        for rows in (matrix.sum(0)[None], matrix, _draws(matrix, seed, replicates))
     )
     wanted = [
-        key for key, value in whole.items() if isinstance(value, float) and _spread(key, cases)
+        key
+        for key, value in whole.items()
+        if isinstance(value, float) and sum(case.get(key) is not None for case in own) > 1
     ]
     found = {}
     for key in wanted:
@@ -87,14 +88,6 @@ def _draws(matrix: np.ndarray, seed: int, replicates: int) -> np.ndarray:
     times = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
     drawn: np.ndarray = times @ matrix
     return drawn
-
-
-def _spread(key: str, cases: Sequence[Sums]) -> bool:
-    """Whether 2 cases or more speak about a metric."""
-    metric = key.removesuffix(".pooled")
-    if f"{metric}.count" not in cases[0]:
-        return True
-    return sum(sums[f"{metric}.count"] for sums in cases) > 1
 
 
 def paired_differences(

@@ -348,7 +348,7 @@ def test_cases_go_into_the_sites_own_cache(tmp_path: Path, plan: Plan) -> None:
 def test_server_has_phantoms_only_where_all_sites_are_phantoms(plan: Plan, tmp_path: Path) -> None:
     study = study_of(data__server_cases=2)
     held = server_cases(study, plan, simulated=True)
-    assert {name: len(cases) for name, cases in held.items()} == {"global": 6, "unseen": 2}
+    assert {name: len(group.cases) for name, group in held.items()} == {"global": 6, "unseen": 2}
     assert server_cases(study, plan, simulated=False) == {}
     assert server_cases(study_of(data__server_cases=0), plan, simulated=True) == {}
     folder = study_of(data__source="folder", data__dir=str(tmp_path))
@@ -382,7 +382,10 @@ def test_server_dir_holds_the_servers_cases(tmp_path: Path, plan: Plan) -> None:
     folder = write_site(tmp_path / "held-out", 2)
     study = study_of(data__server_dir=str(folder))
     held = server_cases(study, plan, simulated=False)
-    assert {name: len(cases) for name, cases in held.items()} == {"global": 2}
+    assert {name: len(group.cases) for name, group in held.items()} == {"global": 2}
+    assert held["global"].annotated == ("liver", "tumor")
+    (folder / "site.toml").write_text('labels = "liver"\n')
+    assert server_cases(study, plan, simulated=False)["global"].annotated == ("liver",)
     break_case(folder, "held-out-1.nii")
     with pytest.raises(DataError, match=r"server's cases: .*held-out-1.nii: not a NIfTI") as caught:
         server_cases(study, plan, simulated=False)

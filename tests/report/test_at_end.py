@@ -1,6 +1,7 @@
 """Tests of what is written where a run ends."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from written_run import write_run
 
 from fedseg import cli
 from fedseg.errors import StudyError
+from fedseg.federation.history import score
 from fedseg.report import at_end, trackers
 from fedseg.site_config import fedseg_home
 
@@ -42,6 +44,23 @@ def test_a_study_ends_with_a_report(
     pictured = [title for title in titles if "at the server" in title]
     assert [title.partition(":")[0] for title in pictured] == ["Median case", "Worst case"]
     assert str(server) not in "".join(pictured) and "case-0" not in "".join(pictured)
+
+
+def test_server_cases_with_the_liver_alone_say_nothing_about_tumours(
+    run_study: Run, sites: dict[int, Any], make_site: Callable[..., Path]
+) -> None:
+    server = make_site("server", cases=3, seed=9)
+    (server / "site.toml").write_text('labels = "liver"\n')
+    folder, _ = run_study(sites, {"data.server-dir": str(server), "federation.rounds": 1})
+
+    lines = list(map(json.loads, (folder.path / "history.jsonl").read_text().splitlines()))
+    for line in lines:
+        assert line["global"]["liver.dice"] is not None
+        assert line["global"]["tumor.dice"] is None
+        assert line["global"]["tumor.dice.cases"] == 0
+        assert score(line) == line["global"]["liver.dice"]
+    pictures = json.loads((folder.path / "pictures" / "pictures.json").read_text())["pictures"]
+    assert [set(picture["dice"]) for picture in pictures] == [{"liver"}] * 2
 
 
 def test_a_site_has_its_own_report_and_sends_no_part_of_it(

@@ -83,6 +83,29 @@ def test_intervals_are_seeded_and_need_two_cases_that_define_the_metric() -> Non
     assert "tumor.dice" not in intervals(some, replicates=50)
 
 
+def test_one_case_with_lesions_has_no_interval_of_its_lesions() -> None:
+    """Drawn with replacement, the one case is in a draw or not: each draw says the same."""
+    truth = np.zeros((40, 12, 12), np.uint8)
+    truth[2:38, 2:10, 2:10] = 1
+    prediction = truth.copy()
+    scans = [(prediction, truth)] * 3
+    truth = truth.copy()
+    truth[4:8, 4:8, 4:8] = truth[20:24, 4:8, 4:8] = 2
+    prediction = prediction.copy()
+    prediction[4:8, 4:8, 4:8] = 2
+
+    def of(lesions: int) -> dict[str, tuple[float, float]]:
+        chosen = [*scans, *[(prediction, truth)] * lesions]
+        return intervals([sums_of_case(*scan, spacing=(1, 1, 1)) for scan in chosen])
+
+    one, two = of(1), of(2)
+    about = [key for key in two if key.startswith("tumor.lesion_")]
+    assert "tumor.lesion_f1" in about and "tumor.lesion_recall_small" in about
+    assert not set(about) & set(one)
+    assert "tumor.lesions_false_per_scan" in one  # each scan says how many false ones it has
+    assert "tumor.dice" not in one
+
+
 def named(dices: list[float | None]) -> dict[str, dict[str, float]]:
     return {
         f"case-{n}": {
