@@ -91,6 +91,18 @@ def test_mask_lies_on_the_scans_own_grid(tmp_path: Path) -> None:
     assert measured.lesions == 1
 
 
+def test_a_nifti_2_scan_gets_a_mask_on_its_grid(tmp_path: Path) -> None:
+    write(tmp_path, "a")
+    one = nib.load(tmp_path / "images" / "a.nii.gz")
+    scan = tmp_path / "two.nii.gz"
+    nib.save(nib.Nifti2Image(np.asanyarray(one.dataobj), one.affine), scan)
+    first, second = predict([tmp_path / "images" / "a.nii.gz", scan], tmp_path / "out")
+    assert second.problem is None
+    assert np.array_equal(labels_of(first.mask), labels_of(second.mask))
+    assert np.array_equal(nib.load(second.mask).affine, nib.load(scan).affine)
+    assert predict([scan], tmp_path / "out")[0].kept
+
+
 def test_masks_that_exist_are_kept_unless_told_otherwise(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path, name)
