@@ -190,6 +190,27 @@ def test_write_that_fails_keeps_the_old_mask_and_leaves_no_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mask.nii", "scan.nii"]
 
 
+def sheared(degrees: float) -> np.ndarray:
+    """An affine with tilted slices of 2 mm."""
+    affine = np.diag([1.0, 1, 2, 1])
+    affine[1, 2] = 2 * np.tan(np.radians(degrees))
+    return affine
+
+
+def test_a_scan_may_lie_oblique_and_its_axes_be_rounded(tmp_path: Path) -> None:
+    """Voxels are measured by their edges: that is right at right angles alone."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0].round(3)
+        affine = nib.affines.from_matvec(turn @ np.diag([0.7, 0.8, 5]), [1, 2, 3])
+        volume = read_image(save(tmp_path / "scan.nii", np.zeros((9, 9, 9), np.int16), affine))
+        true = abs(np.linalg.det(affine[:3, :3]))
+        assert np.prod(volume.spacing) == pytest.approx(true, rel=1e-3)
+    read_image(save(tmp_path / "scan.nii", np.zeros((9, 9, 9), np.int16), sheared(0.9)))
+    with pytest.raises(CaseError, match="sheared"):
+        read_image(save(tmp_path / "scan.nii", np.zeros((9, 9, 9), np.int16), sheared(1.1)))
+
+
 # What is wrong with a scan, and a word that the error must have. The functions write the file.
 def _whole(folder: Path) -> bytes:
     values = np.random.default_rng(0).integers(-1000, 1000, (20, 20, 20))
@@ -281,6 +302,11 @@ BAD_SCANS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "expected numbers",
     ),
     "singular affine": ("a.nii", _singular, "singular"),
+    "sheared": (
+        "a.nii",
+        lambda path: save(path, np.zeros((9, 9, 9), np.int16), sheared(25)),
+        "sheared: axes at 65 degrees, expected right angles",
+    ),
     "voxels of a metre": (
         "a.nii",
         lambda path: save(path, np.zeros((9, 9, 9), np.int16), np.diag([1000.0, 1000, 1000, 1])),
@@ -433,3 +459,5 @@ def test_mutated_files_are_read_or_refused(
             assert volume.array.ndim == 3
             assert np.all(np.isfinite(volume.array))
             assert all(0 < mm <= 3000 for mm in volume.spacing)
+            true = abs(np.linalg.det(volume.stored_affine[:3, :3]))
+            assert np.prod(volume.spacing) == pytest.approx(true, rel=1e-3)

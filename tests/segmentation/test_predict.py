@@ -70,7 +70,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def test_mask_lies_on_the_scans_own_grid(tmp_path: Path) -> None:
-    turned = np.array([[0, 2.0, 0.1, 5], [-2, 0, 0, 7], [0, 0.1, 3, -9], [0, 0, 0, 1]])
+    turned = np.array([[0, 2.0, 0, 5], [-1.92, 0, -0.84, 7], [-0.56, 0, 2.88, -9], [0, 0, 0, 1]])
     labels = write(tmp_path, "a", affine=turned)
     scan = tmp_path / "images" / "a.nii.gz"
     (result,) = predict([scan], tmp_path / "out")
