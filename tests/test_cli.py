@@ -117,6 +117,36 @@ def test_phantom_errors(fedseg: Run, tmp_path: Path) -> None:
     one_line(err, f"{tmp_path / 'file'}: can't be written", "give another folder")
 
 
+@pytest.mark.usefixtures("small_phantoms")
+def test_phantom_never_mixes_with_what_is_there(fedseg: Run, tmp_path: Path) -> None:
+    """Cases of another kind have the same names: they would stay, and pass for the new kind's."""
+    out = tmp_path / "sites"
+    arguments = ("phantom", out, "--sites", 2, "--cases", 2)
+    assert fedseg(*arguments, "--kinds", "portal")[0] == 0
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    for change in (
+        ("--kinds", "portal,native"),
+        ("--kinds", "portal", "--seed", 1),
+        ("--kinds", "portal", "--cases", 3),
+    ):
+        code, text, err = fedseg(*arguments, *change)
+        assert (code, text) == (2, "")
+        one_line(err, "has phantoms of kind portal, 2 cases, seed 0, expected phantoms of")
+    for part in ("images", "masks"):  # as if it had been interrupted
+        lost = out / "site-1" / part / "case-10001.nii.gz"
+        lost.unlink()
+        del files[lost]
+    assert fedseg(*arguments, "--kinds", "portal")[0] == 0
+    assert len([*out.rglob("*.nii.gz")]) == 8
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    (out / "site-0" / "site.toml").write_text("labels = 'liver'\n")
+    for _ in range(2):
+        code, _, err = fedseg(*arguments, "--kinds", "portal")
+        assert code == 2
+        one_line(err, f"{out / 'site-0'}: has other cases, expected phantoms of kind portal, 2")
+        (out / "site-0" / "site.toml").unlink(missing_ok=True)
+
+
 def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
     fedseg: Run, tmp_path: Path, site: Path, model: Path
 ) -> None:
