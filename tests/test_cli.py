@@ -1,9 +1,11 @@
 """Tests of the command line."""
 
 import csv
+import errno
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from fedseg.config import StudyConfig
 from fedseg.data import phantom
 from fedseg.data.phantom import Phantom, PhantomKind
 from fedseg.data.planning import make_plan
+from fedseg.segmentation import evaluation
 from fedseg.segmentation.model_file import save_model
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.postprocess import clean_labels
@@ -414,6 +417,60 @@ def test_evaluate_needs_exactly_one_of_model_and_predictions(
         code, out, err = fedseg("evaluate", site, *given)
         assert (code, out) == (2, "")
         one_line(err, words)
+
+
+def test_evaluate_scores_nothing_before_its_arguments_are_good(
+    fedseg: Run, tmp_path: Path, site: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*given: object, **more: object) -> None:
+        pytest.fail("scored before all arguments were read")
+
+    monkeypatch.setattr(evaluation, "_score_folder", score)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "site.toml").write_text("label-mop = '1:2'\n")
+    for option, path, words in (
+        ("--cases", tmp_path / "no" / "cases.csv", "can't be written (No such file or directory)"),
+        ("--cases", tmp_path, "can't be written (Is a directory); free space, or give another"),
+        ("--against", tmp_path / "no.safetensors", "no.safetensors: no such file"),
+        ("--against", tmp_path / "odd", "label-mop: unknown key of the site config"),
+    ):
+        code, out, err = fedseg("evaluate", "--model", model, site, option, path)
+        assert (code, out) == (2, "")
+        one_line(err, words)
+    assert not (tmp_path / "no").exists()
+
+
+def test_evaluate_of_names_that_are_no_utf_8(fedseg: Run, tmp_path: Path, site: Path) -> None:
+    name = os.fsdecode(b"M\xfcller.nii.gz")
+    for part in ("images", "masks"):
+        try:
+            min((site / part).iterdir()).rename(site / part / name)
+        except OSError:
+            pytest.skip("names of this file system are UTF-8")
+    table = tmp_path / "cases.csv"
+    for _ in range(2):
+        code, out, err = fedseg("evaluate", "--predictions", site / "masks", site, "--cases", table)
+        assert (code, err) == (0, "")
+        assert "per case" in out
+        assert [line.split(b",")[0] for line in table.read_bytes().splitlines()] == [
+            b"case",
+            b"M\xfcller",
+            b"case-0001",
+        ]
+
+
+def test_evaluate_prints_scores_that_it_cannot_write(
+    fedseg: Run, tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    table = tmp_path / "cases.csv"
+    code, out, err = fedseg("evaluate", "--predictions", site / "masks", site, "--cases", table)
+    assert code == 2
+    assert "per case" in out
+    one_line(err, f"{table}: can't be written (No space left on device); free space")
 
 
 def test_evaluate_skips_bad_cases_and_says_so(fedseg: Run, site: Path, model: Path) -> None:
