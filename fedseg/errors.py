@@ -31,6 +31,7 @@ __all__ = [
     "StudyError",
     "TooFewSites",
     "out_of_memory",
+    "why_left_out",
 ]
 
 _NO_MEMORY = (
@@ -218,3 +219,18 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def why_left_out(scan: Path, error: Exception) -> str:
+    """Tell in one line why a scan is left out while others go on.
+
+    Raises:
+        Exception: The error itself, where it is a reason to stop.
+    """
+    if isinstance(error, CaseError):
+        return str(error)
+    if isinstance(error, ModelError):
+        return f"{scan}: {error}"
+    if out_of_memory(error):
+        return f"{scan}: no memory for it; crop the scan, or take a machine with more"
+    raise error

@@ -1,6 +1,7 @@
 """Tests of the commands audit and sign: what they print and how they exit."""
 
 import json
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_run_that_knows_nothing_of_a_ledger(
     assert (code, json.loads(out)["clean"]) == (1, False)
 
 
-def test_sign(fedseg: Command, tmp_path: Path) -> None:
+def test_sign_and_hub(fedseg: Command, tmp_path: Path) -> None:
     bundle, key = tmp_path / "net.fab", tmp_path / "key"
     text = '[project]\nname = "net"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "clinic"\n'
     with zipfile.ZipFile(bundle, "w") as archive:
@@ -82,6 +83,12 @@ def test_sign(fedseg: Command, tmp_path: Path) -> None:
     assert (tmp_path / "net.fab.signatures.json").is_file()
     code, _, error = fedseg("sign", key, "--key", key, "--signer", "aachen")
     assert (code, "no app bundle" in error) == (2, True)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        code, out, error = fedseg("hub", bundle, "--port", port)
+    assert (code, out) == (2, "")
+    busy_port = f"fedseg: --port: got {port}, can't be opened (Address already in use); give"
+    assert error.startswith(busy_port) and error.count("\n") == 1
     bundle.with_name("net.fab.signatures.json").unlink()
     code, _, error = fedseg("hub", bundle)
     assert (code, "nobody signed it" in error) == (2, True)

@@ -1,9 +1,11 @@
 """Tests of the command line."""
 
 import csv
+import errno
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from fedseg.config import StudyConfig
 from fedseg.data import phantom
 from fedseg.data.phantom import Phantom, PhantomKind
 from fedseg.data.planning import make_plan
+from fedseg.segmentation import evaluation
 from fedseg.segmentation.model_file import save_model
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.postprocess import clean_labels
@@ -115,6 +118,36 @@ def test_phantom_errors(fedseg: Run, tmp_path: Path) -> None:
     code, _, err = fedseg("phantom", tmp_path / "file")
     assert code == 2
     one_line(err, f"{tmp_path / 'file'}: can't be written", "give another folder")
+
+
+@pytest.mark.usefixtures("small_phantoms")
+def test_phantom_never_mixes_with_what_is_there(fedseg: Run, tmp_path: Path) -> None:
+    """Cases of another kind have the same names: they would stay, and pass for the new kind's."""
+    out = tmp_path / "sites"
+    arguments = ("phantom", out, "--sites", 2, "--cases", 2)
+    assert fedseg(*arguments, "--kinds", "portal")[0] == 0
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    for change in (
+        ("--kinds", "portal,native"),
+        ("--kinds", "portal", "--seed", 1),
+        ("--kinds", "portal", "--cases", 3),
+    ):
+        code, text, err = fedseg(*arguments, *change)
+        assert (code, text) == (2, "")
+        one_line(err, "has phantoms of kind portal, 2 cases, seed 0, expected phantoms of")
+    for part in ("images", "masks"):  # as if it had been interrupted
+        lost = out / "site-1" / part / "case-10001.nii.gz"
+        lost.unlink()
+        del files[lost]
+    assert fedseg(*arguments, "--kinds", "portal")[0] == 0
+    assert len([*out.rglob("*.nii.gz")]) == 8
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    (out / "site-0" / "site.toml").write_text("labels = 'liver'\n")
+    for _ in range(2):
+        code, _, err = fedseg(*arguments, "--kinds", "portal")
+        assert code == 2
+        one_line(err, f"{out / 'site-0'}: has other cases, expected phantoms of kind portal, 2")
+        (out / "site-0" / "site.toml").unlink(missing_ok=True)
 
 
 def test_predict_writes_on_the_scans_grid_and_keeps_what_exists(
@@ -384,6 +417,60 @@ def test_evaluate_needs_exactly_one_of_model_and_predictions(
         code, out, err = fedseg("evaluate", site, *given)
         assert (code, out) == (2, "")
         one_line(err, words)
+
+
+def test_evaluate_scores_nothing_before_its_arguments_are_good(
+    fedseg: Run, tmp_path: Path, site: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*given: object, **more: object) -> None:
+        pytest.fail("scored before all arguments were read")
+
+    monkeypatch.setattr(evaluation, "_score_folder", score)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "site.toml").write_text("label-mop = '1:2'\n")
+    for option, path, words in (
+        ("--cases", tmp_path / "no" / "cases.csv", "can't be written (No such file or directory)"),
+        ("--cases", tmp_path, "can't be written (Is a directory); free space, or give another"),
+        ("--against", tmp_path / "no.safetensors", "no.safetensors: no such file"),
+        ("--against", tmp_path / "odd", "label-mop: unknown key of the site config"),
+    ):
+        code, out, err = fedseg("evaluate", "--model", model, site, option, path)
+        assert (code, out) == (2, "")
+        one_line(err, words)
+    assert not (tmp_path / "no").exists()
+
+
+def test_evaluate_of_names_that_are_no_utf_8(fedseg: Run, tmp_path: Path, site: Path) -> None:
+    name = os.fsdecode(b"M\xfcller.nii.gz")
+    for part in ("images", "masks"):
+        try:
+            min((site / part).iterdir()).rename(site / part / name)
+        except OSError:
+            pytest.skip("names of this file system are UTF-8")
+    table = tmp_path / "cases.csv"
+    for _ in range(2):
+        code, out, err = fedseg("evaluate", "--predictions", site / "masks", site, "--cases", table)
+        assert (code, err) == (0, "")
+        assert "per case" in out
+        assert [line.split(b",")[0] for line in table.read_bytes().splitlines()] == [
+            b"case",
+            b"M\xfcller",
+            b"case-0001",
+        ]
+
+
+def test_evaluate_prints_scores_that_it_cannot_write(
+    fedseg: Run, tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    table = tmp_path / "cases.csv"
+    code, out, err = fedseg("evaluate", "--predictions", site / "masks", site, "--cases", table)
+    assert code == 2
+    assert "per case" in out
+    one_line(err, f"{table}: can't be written (No space left on device); free space")
 
 
 def test_evaluate_skips_bad_cases_and_says_so(fedseg: Run, site: Path, model: Path) -> None:

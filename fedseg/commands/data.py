@@ -22,21 +22,25 @@ def phantom(
 ) -> None:
     """Write phantom sites: synthetic CT with liver and tumour masks, each site its own kind."""
     from fedseg.data.phantom import KINDS, phantom_seeds, write_phantom_site
+    from fedseg.data.phantom_sites import check_free
 
     names = [name.strip() for name in kinds.split(",")] if kinds else list(KINDS)
     for name in names:
         if name not in KINDS:
             raise ConfigError(f"--kinds: got '{name}'; expected some of {', '.join(KINDS)}")
-    for site in range(sites):
-        kind = KINDS[names[site % len(names)]]
-        seeds = phantom_seeds(seed, site, cases)
+    wanted = [KINDS[names[site % len(names)]] for site in range(sites)]
+    notes = [f"phantoms of kind {kind.name}, {cases} cases, seed {seed}" for kind in wanted]
+    for site, note in enumerate(notes):
+        check_free(out / f"site-{site}", note)
+    for site, (kind, note) in enumerate(zip(wanted, notes, strict=True)):
+        folder, seeds = out / f"site-{site}", phantom_seeds(seed, site, cases)
         try:
-            write_phantom_site(out / f"site-{site}", kind, seeds, name=f"site-{site}")
+            write_phantom_site(folder, kind, seeds, name=folder.name, note=note)
         except OSError as error:
             raise DataError(
                 f"{out}: can't be written ({error.strerror}); free space or give another folder"
             ) from None
-        print(f"{out / f'site-{site}'}: {cases} cases of kind {kind.name}")
+        print(f"{folder}: {cases} cases of kind {kind.name}")
 
 
 def check(

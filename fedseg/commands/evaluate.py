@@ -3,6 +3,9 @@
 import csv
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +19,14 @@ from fedseg.commands.options import (
     TumorInLiver,
     device_of,
 )
-from fedseg.errors import ConfigError
+from fedseg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fedseg.segmentation.evaluation import FolderScores
 
 __all__ = ["evaluate"]
+
+_Score = Callable[[], "FolderScores"]
 
 
 def evaluate(
@@ -55,50 +60,76 @@ def evaluate(
     from fedseg.segmentation.metrics import Scoring
     from fedseg.segmentation.model_file import find_model, load_model
     from fedseg.segmentation.training import set_threads
+    from fedseg.site_config import load_site_config
 
     set_threads(None)
     scoring = Scoring(tolerance_mm=tolerance, lesion_overlap=lesion_overlap)
 
-    def score_masks(path: Path) -> "FolderScores":
-        return evaluate_predictions(path, directory, scoring=scoring, seed=seed)
+    def of_masks(path: Path) -> _Score:
+        load_site_config({}, folder=path)
+        return partial(evaluate_predictions, path, directory, scoring=scoring, seed=seed)
 
-    def score_model(path: Path) -> "FolderScores":
-        network, plan = load_model(path, allow_custom_code=custom)
-        place = device_of(device)
-        return evaluate_folder(
-            network,
-            plan,
+    def of_model(path: Path) -> _Score:
+        return partial(
+            evaluate_folder,
+            *load_model(path, allow_custom_code=custom),
             directory,
-            device=place,
+            device=device_of(device),
             largest_liver=largest_liver,
             tumor_in_liver=tumor_in_liver,
             scoring=scoring,
             seed=seed,
         )
 
+    # Scoring takes long: what can be wrong with the arguments is found before.
     if model is not None and predictions is None:
-        result = score_model(model)
+        score = of_model(model)
     elif predictions is not None and model is None:
-        result = score_masks(predictions)
+        score = of_masks(predictions)
     else:
         given = "both" if model else "neither"
         raise ConfigError(f"--model, --predictions: got {given}; expected exactly one of them")
-    other = None
+    score_other = None
     if against is not None:
         masks = against.is_dir() and not find_model(against).is_file()
-        other = (score_masks if masks else score_model)(against)
+        score_other = (of_masks if masks else of_model)(against)
+    if cases is not None:
+        _check_writable(cases)
+    result, other = score(), score_other() if score_other else None
+    (_print_json if as_json else _print_text)(str(directory), result, other, seed)
     if cases is not None:
         _write_cases(cases, result)
-    (_print_json if as_json else _print_text)(str(directory), result, other, seed)
     raise typer.Exit(1 if result.skipped or (other and other.skipped) else 0)
+
+
+def _check_writable(path: Path) -> None:
+    with _writing(path):
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
 
 
 def _write_cases(path: Path, result: "FolderScores") -> None:
     rows = result.rows()
-    with path.open("w", newline="", encoding="utf-8") as file:
+    # A file name may have bytes that are no UTF-8.
+    with (
+        _writing(path),
+        path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be written ({error.strerror}); free space, or give another file"
+        ) from None
 
 
 def _print_json(

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fedseg.errors import ConfigError
+
 __all__ = ["hub", "sign"]
 
 Bundle = Annotated[Path, typer.Argument(help="An app bundle, as flwr build writes it.")]
@@ -34,7 +36,15 @@ def hub(
     """Hand a signed bundle to the SuperLink on this machine; runs until Ctrl-C."""
     from fedseg.federation.signed_bundle import app_spec, bundle_server
 
-    with bundle_server(bundle, port=port) as server:
+    try:
+        server = bundle_server(bundle, port=port)
+    except OSError as error:
+        if error.filename is not None:  # a file's
+            raise
+        raise ConfigError(
+            f"--port: got {port}, can't be opened ({error.strerror}); give a free one"
+        ) from None
+    with server:
         name, version = app_spec(bundle)
         print(f"FLWR_SUPERGRID_API_URL=http://127.0.0.1:{port} flower-superlink ...")
         print(f"flwr run {name}=={version} SUPERLINK --stream", flush=True)

@@ -1,13 +1,15 @@
 """What mask values mean: the site's label-map, else the names that its data set gives them."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
-from fedseg.data.cases import Listing
+from fedseg.data.cases import Listing, nifti_stem
 from fedseg.errors import DataError
 from fedseg.registry import did_you_mean
 from fedseg.site_config import LabelMap, SiteConfig
 
-__all__ = ["label_map_of", "label_of_name", "label_of_segment"]
+__all__ = ["label_map_of", "label_of_name", "label_of_segment", "without_other_organs"]
 
 _TUMOR = {
     *("tumor", "tumors", "tumour", "tumours", "cancer", "cancers", "lesion", "lesions"),
@@ -72,3 +74,30 @@ def label_of_segment(number: int, name: str, label_map: LabelMap | None) -> int 
     if label_map is None:
         return label_of_name(name)
     return label_map.get(name.lower().strip(), label_map.get(number))
+
+
+def without_other_organs(listing: Listing, config: SiteConfig) -> Listing:
+    """Leave out cases of BIDS whose mask is, by its name `label-X_mask`, of X and not of the liver.
+
+    Such a mask is binary: its 1 would be read as liver, be it spleen or tumour. A site with a
+    `label-map` has said itself what its values are.
+    """
+    if listing.layout != "bids" or config.label_map is not None:
+        return listing
+    others = {case: name for case in listing.cases if (name := _other_organ(case.mask))}
+    problems = [
+        f"{case.mask}: is of {name} alone, not of the liver; add a _dseg with 1 liver and 2 tumor, "
+        "or set label-map in site.toml"
+        for case, name in others.items()
+    ]
+    return replace(
+        listing,
+        cases=tuple(case for case in listing.cases if case not in others),
+        problems=(*listing.problems, *problems),
+    )
+
+
+def _other_organ(mask: Path) -> str | None:
+    *entities, suffix = (nifti_stem(mask) or "").split("_")
+    names = [part.removeprefix("label-") for part in entities if part.startswith("label-")]
+    return names[0] if suffix == "mask" and names and label_of_name(names[0]) != 1 else None

@@ -231,9 +231,9 @@ def phantom_seeds(study_seed: int, site: int, count: int) -> list[int]:
 
 
 def write_phantom_site(
-    directory: Path, kind: PhantomKind, seeds: Sequence[int], *, name: str
+    directory: Path, kind: PhantomKind, seeds: Sequence[int], *, name: str, note: str = ""
 ) -> None:
-    """Write a site's folder: images, masks and a site.toml.
+    """Write a site's folder: a site.toml, images and masks.
 
     Files appear whole or not at all and a case that is there is kept, so two processes may write
     the same site at once.
@@ -243,9 +243,15 @@ def write_phantom_site(
         kind: How the site scans.
         seeds: One a case; also the case's number.
         name: What the site is called.
+        note: First line of site.toml, a comment.
     """
     for folder in ("images", "masks"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
+    settings = {"name": name, "layout": "images-masks", "modality": "ct", "labels": "liver,tumor"}
+    lines = [f"# {note}\n"] if note else []
+    lines += [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+    lines += ["\n[policy]\n", "min-count = 1  # nobody to protect in a phantom\n"]
+    replace_file(directory / "site.toml", "".join(lines).encode())
     for seed in seeds:
         file = f"case-{seed:04d}.nii.gz"
         targets = directory / "images" / file, directory / "masks" / file
@@ -254,10 +260,6 @@ def write_phantom_site(
         case = make_phantom(kind, seed)
         replace_file(targets[0], _nifti(case.image, case.affine))
         replace_file(targets[1], _nifti(case.mask, case.affine))
-    settings = {"name": name, "layout": "images-masks", "modality": "ct", "labels": "liver,tumor"}
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
-    lines += ["\n[policy]\n", "min-count = 1  # nobody to protect in a phantom\n"]
-    replace_file(directory / "site.toml", "".join(lines).encode())
 
 
 def _nifti(array: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> bytes:

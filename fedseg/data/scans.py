@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedseg.data.cases import holds_dicom, is_dicom, nifti_stem
-from fedseg.errors import DataError
+from fedseg.data.dicom_series import header_of
+from fedseg.errors import CaseError, DataError
 
 __all__ = ["mask_names", "scans_of"]
 
@@ -14,7 +15,8 @@ __all__ = ["mask_names", "scans_of"]
 def scans_of(paths: Sequence[Path]) -> list[Path]:
     """Expand folders into the NIfTI files and the DICOM series they hold; each scan comes once.
 
-    A folder with DICOM files is one scan; of folders in a folder, each with DICOM is one.
+    A folder with DICOM files is one scan; of folders in a folder, each with DICOM is one. Of files
+    of one series in one folder, such as `SERIES/*.dcm`, the first stands for all.
 
     Raises:
         DataError: A path is missing, no scan, or there is none at all.
@@ -33,10 +35,23 @@ def scans_of(paths: Sequence[Path]) -> list[Path]:
         raise DataError(
             f"{paths[0]}: no .nii or .nii.gz file in it and no DICOM; give scans or their folder"
         )
-    once: dict[str, Path] = {}
+    once: dict[tuple[str, ...], Path] = {}
     for scan in scans:
-        once.setdefault(os.path.abspath(scan), scan)
+        once.setdefault(_identity(scan), scan)
     return list(once.values())
+
+
+def _identity(scan: Path) -> tuple[str, ...]:
+    """What two paths of one scan have in common."""
+    place = os.path.abspath(scan)
+    if scan.is_file() and nifti_stem(scan) is None:
+        try:
+            header = header_of(scan)
+        except CaseError:  # whoever reads it says what is wrong
+            header = None
+        if header is not None:  # a series can have its scout's number
+            return os.path.dirname(place), header.kind, header.series
+    return (place,)
 
 
 def _scans_in(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from fedseg.data.cases import Case as Case  # at home there; own layouts get the
 from fedseg.data.cases import Listing as Listing
 from fedseg.data.cases import nifti_stem as nifti_stem
 from fedseg.data.labels import label_map_of as label_map_of
+from fedseg.data.labels import without_other_organs
 from fedseg.data.layouts import LAYOUTS
 from fedseg.errors import ConfigError, DataError
 from fedseg.registry import resolve
@@ -79,6 +80,6 @@ def site_cases(root: Path, config: SiteConfig) -> tuple[Listing, SiteConfig]:
         ConfigError: The layout has no function, or its package isn't installed.
         DataError: The folder can't be used, or a label name has no meaning.
     """
-    listing = find_cases(root, layout=config.layout)
+    listing = without_other_organs(find_cases(root, layout=config.layout), config)
     label_map = label_map_of(listing, config)
     return listing, config.model_copy(update={"label_map": label_map})

@@ -121,14 +121,14 @@ def write_mask(path: Path, labels: np.ndarray, like: Volume) -> None:
     _copy(apply_orientation(labels, to_stored), stored)
     header = like.stored.copy()
     header.set_data_dtype(np.uint8)
-    header["cal_min"], header["cal_max"] = 0, 0
+    header["cal_min"], header["cal_max"], header["intent_code"] = 0, 0, 0
     # A scan's free text and extensions (DICOM headers) can name a patient; a mask needs none.
-    for text in ("aux_file", "intent_name", "db_name"):
+    for text in {"aux_file", "intent_name", "db_name"}.intersection(header):  # two in NIfTI-2
         header[text] = b""
     header["descrip"] = b"fedseg"
-    header["intent_code"] = 0
     header.extensions.clear()
-    image = nib.Nifti1Image(stored, None, header)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(stored, None, header)
     image.header.set_slope_inter(1, 0)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:

@@ -17,7 +17,7 @@ from fedseg.data.plan import Plan
 from fedseg.data.preprocess import restore
 from fedseg.data.sites import Case, nifti_stem, site_cases
 from fedseg.data.volumes import Volume, read_image, read_mask
-from fedseg.errors import CaseError, DataError
+from fedseg.errors import CaseError, DataError, ModelError, why_left_out
 from fedseg.segmentation.inference import predict_labels, predict_logits
 from fedseg.segmentation.intervals import Interval, intervals
 from fedseg.segmentation.metrics import Scoring, add, summarise, sums_of_case
@@ -226,14 +226,14 @@ def _score_folder(
             scan = read_image(case.image)
             truth = read_mask(case.mask, image=scan, label_map=site.label_map)
             labels = labels_of(case, scan, site)
-        except CaseError as error:
-            skipped.append(str(error))
-            continue
-        cases[name] = sums_of_case(
-            labels, truth.array, spacing=scan.spacing, annotated=site.labels, scoring=scoring
-        )
+            cases[name] = sums_of_case(
+                labels, truth.array, spacing=scan.spacing, annotated=site.labels, scoring=scoring
+            )
+        except (CaseError, ModelError, MemoryError, RuntimeError) as error:
+            skipped.append(why_left_out(case.image, error))
     if not cases:
-        raise DataError(f"{folder}: no usable case; run `fedseg check` on it")
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise DataError(f"{folder}: no usable case; run `fedseg check` on it{first}")
     return FolderScores(cases=cases, skipped=tuple(skipped), seed=seed)
 
 

@@ -21,7 +21,7 @@ from fedseg.data.preprocess import Modality
 from fedseg.data.scans import mask_names
 from fedseg.data.volumes import Volume, read_image, read_mask, write_mask
 from fedseg.data.whole_file import replace_file
-from fedseg.errors import CaseError, DataError, ModelError, out_of_memory
+from fedseg.errors import CaseError, DataError, ModelError, why_left_out
 from fedseg.segmentation.inference import (
     OnWindows,
     predict_labels,
@@ -167,7 +167,7 @@ def _predicted(
         picture = _drawn(volume, labels) if overlay else None
         findings = findings_of(labels, volume)
     except (CaseError, ModelError, MemoryError, RuntimeError) as error:
-        return _unusable(scan, error)
+        return Prediction(scan=scan, problem=why_left_out(scan, error))
     with _writing(out):
         write_mask(target, labels, volume)
         if picture:
@@ -195,21 +195,8 @@ def _kept(scan: Path, out: Path, name: str, *, overlay: bool) -> Prediction:
                     add_row(out / VOLUMES, name, found, None)
             findings = found
     except (CaseError, MemoryError, RuntimeError) as error:
-        return _unusable(scan, error)
+        return Prediction(scan=scan, problem=why_left_out(scan, error))
     return Prediction(scan=scan, mask=target, findings=findings, kept=True)
-
-
-def _unusable(scan: Path, error: Exception) -> Prediction:
-    """Tell why a scan has no mask, where that is no reason to stop."""
-    if isinstance(error, CaseError):
-        problem = str(error)
-    elif isinstance(error, ModelError):
-        problem = f"{scan}: {error}"
-    elif out_of_memory(error):
-        problem = f"{scan}: no memory for it; crop the scan, or take a machine with more"
-    else:
-        raise error
-    return Prediction(scan=scan, problem=problem)
 
 
 def _known(row: Mapping[str, str]) -> Findings | None:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ VOLUMES = "volumes.csv"
 """Name of the table in a folder of masks."""
 
 COLUMNS = ("scan", "liver_ml", "tumor_ml", "lesions", "seconds")
+
+_MORE = "more"
+"""Key of cells that somebody added behind a row's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ def findings_of(labels: np.ndarray, scan: Volume) -> Findings:
     )
 
 
-def read_rows(path: Path) -> dict[str, dict[str, str]]:
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Read a table by scan; no rows where it isn't there.
 
     Raises:
@@ -57,7 +61,7 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restkey=_MORE, restval="")
             rows = {str(row.get("scan")): dict(row) for row in reader}
             columns = tuple(reader.fieldnames or ())
     except FileNotFoundError:
@@ -88,6 +92,7 @@ def add_row(path: Path, scan: str, findings: Findings, seconds: float | None) ->
     """
     rows = read_rows(path)
     rows[scan] = {
+        **rows.get(scan, {}),
         "scan": scan,
         "liver_ml": f"{findings.liver_ml:.2f}",
         "tumor_ml": f"{findings.tumor_ml:.2f}",
@@ -97,9 +102,10 @@ def add_row(path: Path, scan: str, findings: Findings, seconds: float | None) ->
     replace_file(path, _as_text(rows).encode("utf-8", "surrogateescape"))
 
 
-def _as_text(rows: Mapping[str, Mapping[str, str]]) -> str:
+def _as_text(rows: Mapping[str, Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows.values())
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows.values():
+        writer.writerow([*(row[column] for column in COLUMNS), *row.get(_MORE, ())])
     return text.getvalue()

@@ -1,6 +1,7 @@
 """Tests of reading DICOM: against ITK, onto any grid, and with everything that can be wrong."""
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -545,3 +546,25 @@ def test_predict_takes_folders_of_series(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     with pytest.raises(DataError, match="and no DICOM; convert it"):
         scans_of([tmp_path / "x.txt"])
+
+
+def test_files_of_one_series_are_one_scan(tmp_path: Path) -> None:
+    """`fedseg predict SERIES/*.dcm` names each slice."""
+
+    def scout(data: Any, _: int) -> None:
+        data.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+        data.SeriesInstanceUID = uid
+
+    uid = series(tmp_path / "p1", arrays(1)[0], prefix="b")[0].SeriesInstanceUID
+    series(tmp_path / "p1", arrays(1)[0][:, :, :1], prefix="a", change=scout)
+    series(tmp_path / "p1", arrays(2)[0], prefix="c")
+    shutil.copytree(tmp_path / "p1", tmp_path / "p2")
+    (tmp_path / "p1" / "d000.dcm").write_bytes(bytes(128) + b"DICM and nothing")
+    nifti(tmp_path / "p1" / "e.nii", arrays(1)[0])
+    found = scans_of([*sorted((tmp_path / "p1").iterdir()), *sorted((tmp_path / "p2").iterdir())])
+    first = [f"p1/{name}" for name in ("a000.dcm", "b000.dcm", "c000.dcm", "d000.dcm", "e.nii")]
+    expected = [*first, "p2/a000.dcm", "p2/b000.dcm", "p2/c000.dcm"]
+    assert [str(path.relative_to(tmp_path)) for path in found] == expected
+    image = read_image(found[1]).array
+    assert np.array_equal(image, arrays(1)[0][::-1, ::-1])
+    assert np.array_equal(image, read_image(tmp_path / "p2" / "b003.dcm").array)

@@ -255,6 +255,24 @@ def test_bids_prefers_dseg_and_refuses_two_contrasts(tmp_path: Path) -> None:
     assert "sub-2_run-1_T2w.nii.gz: second image for sub-2_run-1_T1w.nii.gz" in problem
 
 
+@pytest.mark.parametrize("organ", ["lesion", "spleen", "tumor", "kidneyTumor"])
+def test_bids_mask_of_another_organ_is_a_problem(tmp_path: Path, organ: str) -> None:
+    """It is binary, and its 1 would be read as liver."""
+    for seed, name in enumerate(("liver", "Liver", organ)):
+        where = f"sub-{seed}/ct"
+        nifti(tmp_path / where / f"sub-{seed}_ct.nii.gz", arrays(seed)[0])
+        mask = tmp_path / "derivatives" / "seg" / where / f"sub-{seed}_label-{name}_mask.nii.gz"
+        nifti(mask, (arrays(seed)[1] > 0).astype(np.uint8))
+    listing, _ = site_cases(tmp_path, SiteConfig())
+    assert [seed_of(case.image.name) for case in listing.cases] == [0, 1]
+    (problem,) = listing.problems
+    assert problem.startswith(f"{mask}: is of {organ} alone, not of the liver; add a _dseg")
+    errors = [found for found in check_folder(tmp_path).findings if found.severity == "error"]
+    assert [(error.what, error.file) for error in errors] == [("pairing", str(mask))]
+    mapped, _ = site_cases(tmp_path, SiteConfig.model_validate({"label-map": "1:2"}))
+    assert (len(mapped.cases), mapped.problems) == (3, ())
+
+
 def _raw(text: str) -> Callable[[Path], object]:
     return lambda root: (root / "dataset.json").write_text(text)
 

@@ -37,8 +37,10 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-    nib.save(nib.Nifti1Image(array, affine), path)
+def save(
+    path: Path, array: np.ndarray, affine: np.ndarray = AFFINE, kind: type = nib.Nifti1Image
+) -> Path:
+    nib.save(kind(array, affine), path)
     return path
 
 
@@ -48,16 +50,17 @@ def reoriented(array: np.ndarray, orientation: np.ndarray) -> tuple[np.ndarray, 
     return np.ascontiguousarray(stored), AFFINE @ inv_ornt_aff(orientation, array.shape)
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("orientation", ORIENTATIONS, ids=lambda o: "".join(map(str, o.ravel())))
 def test_all_48_orientations_are_read_as_ras_and_written_back(
-    tmp_path: Path, orientation: np.ndarray
+    tmp_path: Path, orientation: np.ndarray, kind: type
 ) -> None:
     rng = np.random.default_rng(0)
     scan = rng.integers(-1000, 1000, (4, 5, 6)).astype(np.int16)
     labels = rng.integers(0, 3, (4, 5, 6)).astype(np.uint8)
     stored, affine = reoriented(scan, orientation)
-    path = save(tmp_path / "scan.nii", stored, affine)
-    mask_path = save(tmp_path / "mask.nii.gz", reoriented(labels, orientation)[0], affine)
+    path = save(tmp_path / "scan.nii", stored, affine, kind)
+    mask_path = save(tmp_path / "mask.nii.gz", reoriented(labels, orientation)[0], affine, kind)
 
     image = read_image(path)
     canonical = nib.as_closest_canonical(nib.load(path))
@@ -70,6 +73,7 @@ def test_all_48_orientations_are_read_as_ras_and_written_back(
     written = tmp_path / "written.nii.gz"
     write_mask(written, labels, image)
     back = nib.load(written)
+    assert type(back) is kind
     assert back.shape == stored.shape
     assert np.array_equal(back.affine, nib.load(path).affine)
     assert back.get_data_dtype() == np.uint8
@@ -136,9 +140,12 @@ def test_slope_and_intercept_apply_to_the_scan_and_not_to_its_mask(
     assert float(written.header["cal_max"]) == 0
 
 
-def test_mask_of_a_scan_tells_nothing_that_its_header_tells(tmp_path: Path) -> None:
-    stored = nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), AFFINE)
-    for field in ("descrip", "aux_file", "db_name", "intent_name"):
+@pytest.mark.parametrize(("kind", "header"), [(nib.Nifti1Image, 352), (nib.Nifti2Image, 544)])
+def test_mask_of_a_scan_tells_nothing_that_its_header_tells(
+    tmp_path: Path, kind: type, header: int
+) -> None:
+    stored = kind(np.zeros((3, 4, 5), np.int16), AFFINE)
+    for field in {"descrip", "aux_file", "db_name", "intent_name"}.intersection(stored.header):
         stored.header[field] = b"Erika Muster"
     stored.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Erika Muster 1970"))
     nib.save(stored, tmp_path / "scan.nii")
@@ -147,7 +154,7 @@ def test_mask_of_a_scan_tells_nothing_that_its_header_tells(tmp_path: Path) -> N
     write_mask(tmp_path / "mask.nii", np.ones((3, 4, 5), np.uint8), image)
     content = (tmp_path / "mask.nii").read_bytes()
     assert b"Erika" not in content
-    assert len(content) == 352 + 60
+    assert len(content) == header + 60
 
 
 def test_qform_scan_gets_a_mask_with_the_same_affine(tmp_path: Path) -> None:
@@ -181,6 +188,27 @@ def test_write_that_fails_keeps_the_old_mask_and_leaves_no_file(
         write_mask(target, np.ones((3, 4, 5), np.uint8), image)
     assert target.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mask.nii", "scan.nii"]
+
+
+def sheared(degrees: float) -> np.ndarray:
+    """An affine with tilted slices of 2 mm."""
+    affine = np.diag([1.0, 1, 2, 1])
+    affine[1, 2] = 2 * np.tan(np.radians(degrees))
+    return affine
+
+
+def test_a_scan_may_lie_oblique_and_its_axes_be_rounded(tmp_path: Path) -> None:
+    """Voxels are measured by their edges: that is right at right angles alone."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0].round(3)
+        affine = nib.affines.from_matvec(turn @ np.diag([0.7, 0.8, 5]), [1, 2, 3])
+        volume = read_image(save(tmp_path / "scan.nii", np.zeros((9, 9, 9), np.int16), affine))
+        true = abs(np.linalg.det(affine[:3, :3]))
+        assert np.prod(volume.spacing) == pytest.approx(true, rel=1e-3)
+    read_image(save(tmp_path / "scan.nii", np.zeros((9, 9, 9), np.int16), sheared(0.9)))
+    with pytest.raises(CaseError, match="sheared"):
+        read_image(save(tmp_path / "scan.nii", np.zeros((9, 9, 9), np.int16), sheared(1.1)))
 
 
 # What is wrong with a scan, and a word that the error must have. The functions write the file.
@@ -274,6 +302,11 @@ BAD_SCANS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "expected numbers",
     ),
     "singular affine": ("a.nii", _singular, "singular"),
+    "sheared": (
+        "a.nii",
+        lambda path: save(path, np.zeros((9, 9, 9), np.int16), sheared(25)),
+        "sheared: axes at 65 degrees, expected right angles",
+    ),
     "voxels of a metre": (
         "a.nii",
         lambda path: save(path, np.zeros((9, 9, 9), np.int16), np.diag([1000.0, 1000, 1000, 1])),
@@ -426,3 +459,5 @@ def test_mutated_files_are_read_or_refused(
             assert volume.array.ndim == 3
             assert np.all(np.isfinite(volume.array))
             assert all(0 < mm <= 3000 for mm in volume.spacing)
+            true = abs(np.linalg.det(volume.stored_affine[:3, :3]))
+            assert np.prod(volume.spacing) == pytest.approx(true, rel=1e-3)

@@ -12,9 +12,11 @@ from fedseg.config import StudyConfig
 from fedseg.data.cache import CachedCase, cached_case
 from fedseg.data.planning import make_plan
 from fedseg.data.sites import find_cases
-from fedseg.errors import DataError
+from fedseg.errors import DataError, ModelError
+from fedseg.segmentation import evaluation
 from fedseg.segmentation.evaluation import (
     evaluate_cases,
+    evaluate_folder,
     evaluate_predictions,
     score_cases,
 )
@@ -94,6 +96,46 @@ def test_cases_are_the_parts_of_the_sum_and_distances_are_asked_for(
     )
     assert (liver["surfaces"], liver["liver.hd95.count"], liver["tumor.hd95.count"]) == (3, 3, 0)
     assert liver["liver.dice.sum"] == whole["liver.dice.sum"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ModelError("no memory for 1 window of 16x16x16 at once on cpu; free memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ],
+)
+@pytest.mark.parametrize("where", ["predict_labels", "sums_of_case"])
+def test_lack_of_memory_costs_one_case(
+    site: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    real, calls = getattr(evaluation, where), []
+
+    def scarce(*given: object, **more: object) -> object:
+        calls.append(given)
+        if len(calls) in few:
+            raise error
+        return real(*given, **more)
+
+    monkeypatch.setattr(evaluation, where, scarce)
+    few: tuple[int, ...] = (2,)
+    scores = evaluate_folder(ByIntensity(), PLAN, site, device=CPU)
+    assert list(scores.cases) == ["c0", "c2"]
+    (problem,) = scores.skipped
+    assert problem.startswith(f"{site / 'images' / 'c1.nii.gz'}: no memory for ")
+    few = (4, 5, 6)
+    with pytest.raises(DataError, match=r"no usable case; .*; the first: .*c0\.nii\.gz: no memory"):
+        evaluate_folder(ByIntensity(), PLAN, site, device=CPU)
+
+
+def test_an_error_of_another_kind_ends_an_evaluation(site: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        evaluate_folder(Broken(), PLAN, site, device=CPU)
 
 
 def test_masks_that_exist_are_scored_by_name(site: Path, tmp_path: Path) -> None:

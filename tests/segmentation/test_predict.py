@@ -70,7 +70,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def test_mask_lies_on_the_scans_own_grid(tmp_path: Path) -> None:
-    turned = np.array([[0, 2.0, 0.1, 5], [-2, 0, 0, 7], [0, 0.1, 3, -9], [0, 0, 0, 1]])
+    turned = np.array([[0, 2.0, 0, 5], [-1.92, 0, -0.84, 7], [-0.56, 0, 2.88, -9], [0, 0, 0, 1]])
     labels = write(tmp_path, "a", affine=turned)
     scan = tmp_path / "images" / "a.nii.gz"
     (result,) = predict([scan], tmp_path / "out")
@@ -89,6 +89,18 @@ def test_mask_lies_on_the_scans_own_grid(tmp_path: Path) -> None:
     assert measured.liver_ml == pytest.approx((found >= 1).sum() * voxel_ml, rel=0.01)
     assert measured.tumor_ml == pytest.approx((found == 2).sum() * voxel_ml, rel=0.01)
     assert measured.lesions == 1
+
+
+def test_a_nifti_2_scan_gets_a_mask_on_its_grid(tmp_path: Path) -> None:
+    write(tmp_path, "a")
+    one = nib.load(tmp_path / "images" / "a.nii.gz")
+    scan = tmp_path / "two.nii.gz"
+    nib.save(nib.Nifti2Image(np.asanyarray(one.dataobj), one.affine), scan)
+    first, second = predict([tmp_path / "images" / "a.nii.gz", scan], tmp_path / "out")
+    assert second.problem is None
+    assert np.array_equal(labels_of(first.mask), labels_of(second.mask))
+    assert np.array_equal(nib.load(second.mask).affine, nib.load(scan).affine)
+    assert predict([scan], tmp_path / "out")[0].kept
 
 
 def test_masks_that_exist_are_kept_unless_told_otherwise(tmp_path: Path) -> None:

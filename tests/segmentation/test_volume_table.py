@@ -53,6 +53,18 @@ def test_rows_are_added_and_replaced_in_order(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["volumes.csv"]
 
 
+def test_cells_that_somebody_added_stay(tmp_path: Path) -> None:
+    path = tmp_path / "volumes.csv"
+    path.write_text("scan,liver_ml,tumor_ml,lesions,seconds\na,1,2,3,4,seen,twice\nb,1\n")
+    add_row(path, "c", OTHER, None)
+    add_row(path, "a", OTHER, 5.0)
+    assert path.read_text().splitlines()[1:] == [
+        "a,3.00,0.00,0,5.0,seen,twice",
+        "b,1,,,",
+        "c,3.00,0.00,0,",
+    ]
+
+
 def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "volumes.csv"
     add_row(path, "b\udcff", ONE, 1.0)

@@ -47,7 +47,7 @@ def identifying_fields(volume: Volume) -> list[str]:
         return _dicom_tags(volume.path)
     header = volume.stored
     found = []
-    for field in _FIELDS:
+    for field in (name for name in _FIELDS if name in header):  # NIfTI-2 has no db_name
         text = bytes(header[field].item()).split(b"\0")[0].decode("latin-1").strip()
         if text and not _HARMLESS.fullmatch(text):
             found.append(field)

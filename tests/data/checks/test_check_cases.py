@@ -38,10 +38,11 @@ def write(
     mask: np.ndarray = MASK,
     affine: np.ndarray = AFFINE,
     header: Header = lambda header: None,
+    kind: type = nib.Nifti1Image,
 ) -> None:
     for folder, array in (("images", image), ("masks", mask)):
         (root / folder).mkdir(parents=True, exist_ok=True)
-        nifti = nib.Nifti1Image(np.ascontiguousarray(array), affine)
+        nifti = kind(np.ascontiguousarray(array), affine)
         if folder == "images":
             header(nifti.header)
         nib.save(nifti, root / folder / f"{name}.nii.gz")
@@ -219,6 +220,18 @@ def test_text_that_could_name_a_patient_is_found_and_not_repeated(tmp_path: Path
     assert finding.what == "patient's identity"
     assert finding.got == "text in descrip, intent_name, extension comment"
     assert not any(word in str(finding) for word in ("Meyer", "1961", "0815", "Anna"))
+
+
+def test_nifti_2_is_checked_as_nifti_1_is(tmp_path: Path) -> None:
+    """It has no db_name."""
+
+    def named(header: nib.Nifti1Header) -> None:
+        header["descrip"] = b"Meyer^Anna 1961-02-03"
+
+    write(tmp_path, kind=nib.Nifti2Image)
+    assert found(tmp_path) == []
+    write(tmp_path, kind=nib.Nifti2Image, header=named)
+    assert one(tmp_path).got == "text in descrip"
 
 
 def test_dicom_tags_that_name_a_patient(tmp_path: Path) -> None:
