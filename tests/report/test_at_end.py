@@ -58,7 +58,7 @@ def test_server_cases_with_the_liver_alone_say_nothing_about_tumours(
         assert line["global"]["liver.dice"] is not None
         assert line["global"]["tumor.dice"] is None
         assert line["global"]["tumor.dice.cases"] == 0
-        assert score(line) == line["global"]["liver.dice"]
+        assert score(line) == (1, line["global"]["liver.dice"])
     pictures = json.loads((folder.path / "pictures" / "pictures.json").read_text())["pictures"]
     assert [set(picture["dice"]) for picture in pictures] == [{"liver"}] * 2
 
