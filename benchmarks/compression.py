@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,18 +110,26 @@ def study(point: Point, seed: int, options: str) -> Outcome:
 
 
 def curve(points: tuple[Point, ...], seeds: int, options: str) -> list[str]:
+    """Run a study for each scheme and seed; what whole seeds came to stays if it is broken off."""
+    found: dict[Point, list[Outcome]] = {point: [] for point in points}
+    part = Path(__file__).parent / "results" / "compression.part"
+    for seed in range(seeds):
+        for point in points:
+            found[point].append(study(point, seed, options))
+            print(seed, point.name, found[point][-1], flush=True)
+        part.write_text("\n".join(table(found)) + "\n")
+    part.unlink()
+    return table(found)
+
+
+def table(found: Mapping[Point, Sequence[Outcome]]) -> list[str]:
     """A row for each scheme; Dice as the mean over seeds and, in points, beside uncompressed."""
     rows = [
         "| updates | MB up a round | of fp32 | MB down | liver Dice (points) | tumour Dice "
         "(points) | by seed: liver, tumour | `flwr run`, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    found: dict[Point, list[Outcome]] = {point: [] for point in points}
-    for seed in range(seeds):
-        for point in points:
-            found[point].append(study(point, seed, options))
-            print(seed, point.name, found[point][-1], flush=True)
-    base = found[points[0]]
+    base = next(iter(found.values()))
     for point, outcomes in found.items():
         up = statistics.mean(o.up for o in outcomes)
         dice = []
