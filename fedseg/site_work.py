@@ -23,7 +23,7 @@ from fedseg.errors import ConfigError, Reason, SiteError
 from fedseg.federation.compression import scheme_of
 from fedseg.federation.egress import Reply
 from fedseg.federation.flat import layout_of, unflatten
-from fedseg.federation.masked import masked_answer, masked_sums
+from fedseg.federation.masked import check_weight, masked_answer, masked_sums
 from fedseg.federation.secure_site import received
 from fedseg.federation.site_privacy import protect
 from fedseg.federation.site_round import (
@@ -43,7 +43,7 @@ from fedseg.segmentation.layers import place
 from fedseg.segmentation.metrics import add
 from fedseg.segmentation.models import build_model
 from fedseg.segmentation.sharing import split_state
-from fedseg.segmentation.training import choose_device, set_threads
+from fedseg.segmentation.training import choose_device, set_threads, steps_in_round
 
 __all__ = ["evaluate", "fingerprint", "train"]
 
@@ -59,7 +59,9 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     task, plan, site = _accept(message, context, study)
     secure = received(message, context, study, "train")
     cases = _cases(site, plan, study)
-    enough_cases(site.config.policy, training=len(cases.training), held_out=len(cases.validation))
+    enough_cases(site.config.policy, training=len(cases.training))
+    if secure is not None:
+        check_weight(message, study, secure, _planned(cases, plan, study, site))
     check_spending(site, study, plan)
     device = _device(site)
     kept = kept_folder(site, task.study_run, task.round_number - 1)
@@ -71,9 +73,7 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     protected = protect(update, study)
     charge(site, study, plan, task)
     metrics = {
-        "cases": len(cases.training),
-        "voxels": sum(case.image.size for case in cases.training),
-        "annotated": len(site.config.labels),
+        **_planned(cases, plan, study, site),
         "skipped": cases.skipped,
         "patches": trained.report.patches,
         "steps": trained.report.steps,
@@ -88,6 +88,19 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     answer = answer_message(message, status="ok", metrics=metrics, update=parts)
     norm = sent_norm(parts, protected.update, study)
     return Reply(message=answer, notes={"norm": norm, **protected.notes})
+
+
+def _planned(cases: SiteCases, plan: Plan, study: StudyConfig, site: Site) -> dict[str, float]:
+    """Numbers of the training that are known before it."""
+    known: dict[str, float] = {
+        "cases": len(cases.training),
+        "voxels": sum(case.image.size for case in cases.training),
+        "annotated": len(site.config.labels),
+    }
+    if study.privacy.mode == "record-dp":  # its steps are drawn
+        return known
+    steps = steps_in_round(study.train, len(cases.training), plan.batch_size)
+    return {**known, "steps": steps, "patches": steps * plan.batch_size}
 
 
 def _check_size(site: Site, size: int) -> None:

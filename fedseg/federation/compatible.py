@@ -48,6 +48,13 @@ SECURE: tuple[Rule, ...] = (
         "it weighs the rows of tumour by site; take another",
     ),
     (
+        "federation.weighting",
+        lambda study: (
+            study.federation.weighting == "voxels" and study.privacy.secagg_max_weight < 1e6
+        ),
+        "sites have millions of voxels; set privacy.secagg-max-weight to the most of one",
+    ),
+    (
         "train.minutes",
         lambda study: study.train.minutes is not None,
         "sites then count by their mean step (FedNova), which isn't summed; leave it empty",

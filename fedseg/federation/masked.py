@@ -1,5 +1,6 @@
 """What a site sends under secure aggregation: an update or the numbers of an evaluation, masked."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,26 @@ WORDS = "words"
 
 _ROUNDING = 23
 """Keeps the draws of rounding apart from other uses of the seed."""
+
+
+def check_weight(
+    message: Message, study: StudyConfig, state: State, planned: Mapping[str, float]
+) -> None:
+    """Check before the training that the site's weight will fit into the sum.
+
+    Args:
+        message: The message to train.
+        study: The study config.
+        state: What the site keeps of the round.
+        planned: Numbers of the training that are known; of a weight by others nothing is said.
+
+    Raises:
+        ProtocolError: It is larger than `privacy.secagg-max-weight`.
+    """
+    weigh = resolve("federation.weighting", study.federation.weighting, WEIGHTINGS)
+    encoding = secagg.party(state, task_terms(message, study, "train")).encoding
+    with contextlib.suppress(KeyError):
+        effective_weight(float(weigh(planned)), encoding)
 
 
 def masked_answer(

@@ -122,7 +122,7 @@ def _shares(going: Summing, party: Party) -> dict[int, dict[int, bytes]]:
     if len(sealed) < party.threshold:  # to compute would be in vain
         raise TooFewSites(
             f"secure aggregation: {len(sealed)} of {party.size} sites sent shares; expected at "
-            f"least {party.threshold} (privacy.secagg-threshold)"
+            f"least {party.threshold} (privacy.secagg-threshold, and {LEAST_SITES})"
         )
     return sealed
 

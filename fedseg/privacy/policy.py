@@ -92,13 +92,13 @@ def check_departure(policy: PolicyConfig, departure: Departure) -> None:
         _judge(reason, holds, policy, departure)
 
 
-def enough_cases(policy: PolicyConfig, *, training: int, held_out: int) -> None:
-    """Judge the number of usable cases, before they are trained on.
+def enough_cases(policy: PolicyConfig, *, training: int) -> None:
+    """Judge the number of cases to train on; how many of all are held out, the study decides.
 
     Raises:
         SiteError: They are too few.
     """
-    if not training + held_out >= policy.min_cases:
+    if not training >= policy.min_cases:
         raise SiteError(Reason.POLICY_MIN_CASES)
 
 

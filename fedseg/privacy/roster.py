@@ -97,8 +97,8 @@ class Party:
 
     @property
     def threshold(self) -> int:
-        """Fewest sites whose words the sum may have."""
-        return threshold(self.size, self.terms.share)
+        """Fewest sites whose words the sum may have: of two, each knows the other's from it."""
+        return max(LEAST_SITES, threshold(self.size, self.terms.share))
 
     @property
     def encoding(self) -> Encoding:
@@ -188,7 +188,7 @@ def check_survivors(party: Party, survivors: Sequence[int]) -> None:
     if len(survivors) < party.threshold:
         raise TooFewSites(
             f"secure aggregation: {len(survivors)} of {party.size} sites are left; expected at "
-            f"least {party.threshold} (privacy.secagg-threshold)"
+            f"least {party.threshold} (privacy.secagg-threshold, and {LEAST_SITES})"
         )
 
 

@@ -21,6 +21,7 @@ from flwr.app import Message
 from markupsafe import escape
 from safetensors.torch import load_file
 
+from fedseg import site_work
 from fedseg.data.plan import Plan
 from fedseg.errors import ConfigError, FedSegError, StudyError
 from fedseg.federation import train_round
@@ -436,12 +437,20 @@ def test_a_changed_upload_is_refused_and_the_rest_goes_on(
 
 
 def test_too_heavy_a_site_is_refused_and_a_norm_bound_holds(
-    run_study: Run, sites: dict[int, Any]
+    run_study: Run, sites: dict[int, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {**SECURE, "federation.rounds": 1, "privacy.secagg-max-weight": 2.0}
+    trained, train = [], site_work.train_at_site
+
+    def noted(*arguments: Any) -> Any:
+        trained.append(arguments[4].name)
+        return train(*arguments)
+
+    monkeypatch.setattr(site_work, "train_at_site", noted)
     folder, _ = run_study(sites, config)
     line = history(folder)[1]
     assert line["sites"]["chemnitz"]["reason"] == "secure-aggregation"
+    assert trained == ["aachen", "bonn", "dortmund"]  # not for nothing
     assert line["secagg"]["summed"] == 3
     bounded, _ = run_study(
         sites, {**SECURE, "federation.rounds": 1, "privacy.secagg-max-norm": 0.01}
@@ -459,6 +468,7 @@ def test_too_heavy_a_site_is_refused_and_a_norm_bound_holds(
         {"federation.compression": "int8"},
         {"federation.late": "carry"},
         {"federation.weighting": "annotated"},
+        {"federation.weighting": "voxels"},
         {"train.minutes": 1.0},
         *({"federation.strategy": name} for name in ("krum", "fedmedian", "qfedavg", "fednova")),
     ],

@@ -135,9 +135,9 @@ def test_kept_rules(policy: dict[str, Any], judged: Request | Departure) -> None
 
 def test_cases() -> None:
     policy = PolicyConfig.model_validate({"min-cases": 3})
-    enough_cases(policy, training=2, held_out=1)
+    enough_cases(policy, training=3)
     with pytest.raises(SiteError) as caught:
-        enough_cases(policy, training=2, held_out=0)
+        enough_cases(policy, training=2)
     assert caught.value.reason == Reason.POLICY_MIN_CASES
 
 

@@ -96,6 +96,16 @@ def test_below_the_threshold_a_round_fails_by_name(stage: str) -> None:
         run_round(words[:3], agreed, drop={0: "keys"})
 
 
+@pytest.mark.parametrize("stage", STAGES[1:3])
+def test_the_sum_of_two_is_never_unmasked(stage: str) -> None:
+    """Each of the two would know the other's words from it."""
+    agreed = terms()
+    *_, words = uploads(3, agreed)
+    run_round(words, agreed)
+    with pytest.raises(TooFewSites, match=r"2 of 3 sites .*expected at least 3"):
+        run_round(words, agreed, drop={0: stage})
+
+
 def lose(count: int, of: int) -> None:
     """Run a round that so many sites leave at different stages; check its sum."""
     agreed = terms()
