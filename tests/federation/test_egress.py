@@ -26,6 +26,15 @@ def sites(make_site: Callable[..., Path], tmp_path: Path) -> dict[int, dict[str,
     }
 
 
+@pytest.fixture
+def four_sites(
+    sites: dict[int, Any], make_site: Callable[..., Path], tmp_path: Path
+) -> dict[int, Any]:
+    """One may refuse: the sum of two is never unmasked."""
+    more = {"data-dir": str(make_site("dortmund", seed=4)), "device": "cpu"}
+    return {**sites, 4: {**more, "ledger": str(tmp_path / "dortmund.jsonl")}}
+
+
 def history(folder: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
 
@@ -96,7 +105,7 @@ def test_refused_metrics_are_named_and_leave_the_model_alone(
 
 
 SECURE = {
-    "federation.sites": 3,
+    "federation.sites": 4,
     "federation.min-sites": 2,
     "federation.rounds": 1,
     "privacy.secure-aggregation": True,
@@ -112,15 +121,16 @@ SECURE = {
     ],
 )
 def test_scores_are_judged_before_they_are_masked(
-    key: str, value: Any, reason: str, run_study: Run, sites: dict[int, Any], tmp_path: Path
+    key: str, value: Any, reason: str, run_study: Run, four_sites: dict[int, Any], tmp_path: Path
 ) -> None:
     """A study that masks scores doesn't get what the site's policy holds back."""
-    sites[3][key] = value
-    folder, grid = run_study(sites, {**SECURE, "federation.personal": True})
+    four_sites[3][key] = value
+    folder, grid = run_study(four_sites, {**SECURE, "federation.personal": True})
     line = history(folder)[1]
-    assert line["sites"]["chemnitz"]["status"] == "ok" and line["secagg"]["summed"] == 3
+    assert line["sites"]["chemnitz"]["status"] == "ok" and line["secagg"]["summed"] == 4
     assert line["sites"]["chemnitz"]["no_metrics"] == reason
-    assert line["scored"]["in_sum"] == ["aachen", "bonn"] and line["federated"]["cases"] == 2
+    assert line["scored"]["in_sum"] == ["aachen", "bonn", "dortmund"]
+    assert line["federated"]["cases"] == 3
     asked = [m for m in from_site(grid, 3) if m.metadata.message_type == "evaluate"]
     assert len(asked) == 2 and all("update" not in m.content for m in asked)
     told = [e for e in read(tmp_path / "chemnitz.jsonl") if e["message"] == "evaluate"]
@@ -128,18 +138,18 @@ def test_scores_are_judged_before_they_are_masked(
     # The sites' own models are scored by a sum of its own, after the last round.
     received = json.loads((folder.path / "manifest.json").read_text())["received"]
     final = {e["site"]: e["reason"] for e in received if e.get("final")}
-    assert final == {"aachen": None, "bonn": None, "chemnitz": reason}
+    assert final == {"aachen": None, "bonn": None, "chemnitz": reason, "dortmund": None}
 
 
 def test_numbers_of_training_are_judged_before_they_are_masked(
-    run_study: Run, sites: dict[int, Any]
+    run_study: Run, four_sites: dict[int, Any]
 ) -> None:
-    sites[3]["policy.metrics"] = "liver,tumor,cases"
-    folder, grid = run_study(sites, SECURE)
+    four_sites[3]["policy.metrics"] = "liver,tumor,cases"
+    folder, grid = run_study(four_sites, SECURE)
     line = history(folder)[1]
     site = line["sites"]["chemnitz"]
     assert (site["status"], site["reason"]) == ("refused", "policy-metrics")
-    assert line["secagg"]["in_sum"] == ["aachen", "bonn"]
+    assert line["secagg"]["in_sum"] == ["aachen", "bonn", "dortmund"]
     trained = [m for m in from_site(grid, 3) if m.metadata.message_type == "train"]
     assert trained and all("update" not in m.content for m in trained)
 
@@ -156,10 +166,10 @@ def test_refusal_of_the_fingerprint_is_in_the_manifest(
 
 
 def test_peers_are_counted_in_the_roster_of_secure_aggregation(
-    run_study: Run, sites: dict[int, Any], tmp_path: Path
+    run_study: Run, four_sites: dict[int, Any], tmp_path: Path
 ) -> None:
     """A server that says there are more sites than take part is found out by the public keys."""
-    sites[2]["policy.min-peers"] = 5
+    four_sites[2]["policy.min-peers"] = 5
 
     def lie(messages: Any) -> Any:
         for message in messages:
@@ -179,7 +189,7 @@ def test_peers_are_counted_in_the_roster_of_secure_aggregation(
             wrap(run_study.grid)
         return message
 
-    folder, _ = run_study(sites, SECURE, reply=dict.fromkeys(sites, first))
+    folder, _ = run_study(four_sites, SECURE, reply=dict.fromkeys(four_sites, first))
     site = history(folder)[1]["sites"]["bonn"]
     assert (site["status"], site["reason"]) == ("refused", "policy-min-peers")
     (told, *_) = (e for e in read(tmp_path / "bonn.jsonl") if e["message"] == "secagg_shares")
