@@ -218,17 +218,14 @@ class SiteConfig(Section):
     @property
     def cache(self) -> Path:
         """Absolute folder for preprocessed cases and state between rounds."""
-        return Path(self.cache_dir).expanduser().absolute() if self.cache_dir else _default_cache()
+        named = Path(self.cache_dir).expanduser().absolute() if self.cache_dir else None
+        return named or fedseg_home() / "cache"
 
     @property
     def ledger_file(self) -> Path:
         """Absolute path of the ledger of what left the site."""
         named = Path(self.ledger).expanduser().absolute() if self.ledger else None
         return named or self.cache / "ledger.jsonl"
-
-
-def _default_cache() -> Path:
-    return fedseg_home() / "cache"
 
 
 def load_site_config(
@@ -245,11 +242,11 @@ def load_site_config(
         DataError: A named `site-config` can't be read.
     """
     given = node_config.get("data-dir")
-    data_dir = folder or (Path(str(given)).expanduser() if given else None)
+    data_dir = folder or (_path("data-dir", given) if given else None)
     named = node_config.get("site-config")
     merged: dict[str, Any] = {}
     if named:
-        merged = _read_toml(Path(str(named)).expanduser())
+        merged = _read_toml(_path("site-config", named))
     elif data_dir is not None and os.path.isfile(data_dir / "site.toml"):
         merged = _read_toml(data_dir / "site.toml")
     for key, value in node_config.items():
@@ -263,12 +260,21 @@ def load_site_config(
     if folder is not None:
         merged["data-dir"] = str(folder)
     _check_keys(merged, SiteConfig)
+    for key in ("data-dir", "cache-dir", "ledger", "signing-key"):
+        _path(key, merged.get(key, ""))
     if isinstance(merged.get("policy"), dict):
         _check_keys(merged["policy"], PolicyConfig, prefix="policy.")
     try:
         return SiteConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(readable(error)) from None
+
+
+def _path(key: str, given: object) -> Path:
+    try:
+        return Path(str(given)).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{key}: got '{given}', no such user here; give a whole path") from None
 
 
 def _check_keys(given: Iterable[str], section: type[Section], *, prefix: str = "") -> None:
@@ -286,5 +292,5 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror}); check site-config") from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, UTF-8, a path with a null, or depth
         raise ConfigError(f"{path}: not valid TOML ({error}); mend the line") from None

@@ -145,6 +145,10 @@ def test_a_given_folder_is_the_data_dir(tmp_path: Path) -> None:
         ("policy.max-epsilon = 0", "policy.max-epsilon: got 0; expected greater than 0"),
         ("policy.max-bytes = 0", "policy.max-bytes: got 0; expected at least 1"),
         ("name = ", "site.toml: not valid TOML"),
+        ("name = " + "[" * 5000, "site.toml: not valid TOML"),
+        ("cache-dir = '~nobody-9/c'", "cache-dir: got '~nobody-9/c', no such user here"),
+        ("ledger = '~nobody-9/l'", "ledger: got '~nobody-9/l', no such user here"),
+        ("signing-key = '~nobody-9/k'", "signing-key: got '~nobody-9/k', no such user here"),
     ],
 )
 def test_errors_name_key_got_and_expected(tmp_path: Path, text: str, error: str) -> None:
@@ -159,6 +163,17 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_bytes(b"name = '\xff'")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_site_config({}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("key", ["data-dir", "site-config"])
+def test_home_of_nobody(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: got '~nobody-9/x', no such user here; give"):
+        load_site_config({key: "~nobody-9/x"})
+
+
+def test_path_with_a_null() -> None:
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_site_config({"site-config": "a\0b"})
 
 
 def test_a_policy_key_of_the_node_needs_a_table_in_the_file(tmp_path: Path) -> None:

@@ -18,14 +18,13 @@ from fedseg.bundle.formats import (
     write_torchscript,
 )
 from fedseg.bundle.source import copy_code
+from fedseg.config import StudyConfig
 from fedseg.data.plan import Plan
-from fedseg.errors import DataError, ModelError
+from fedseg.errors import ConfigError, DataError, ModelError
 from fedseg.registry import is_custom
 from fedseg.segmentation.model_file import find_model, load_model, read_model_file, sha256_of
 
 __all__ = ["export_bundle"]
-
-_RUN_FILES = ("manifest.json", "history.jsonl", "config.json")
 
 
 def export_bundle(
@@ -70,7 +69,7 @@ def export_bundle(
     out = out.absolute()
     if out.exists() and not overwrite:
         raise DataError(f"{out}: exists; give another folder, or --overwrite")
-    run = file.parent if any((file.parent / name).is_file() for name in _RUN_FILES) else None
+    run = file.parent if _is_run(file.parent) else None
     facts = facts_of(out.name, notes, run, license=license, authors=authors)
     if scores is not None:
         facts = replace(facts, rows=(*facts.rows, *evaluation_rows(scores)))
@@ -85,6 +84,17 @@ def export_bundle(
     except OSError as error:
         raise DataError(f"{out}: can't be written ({error.strerror}); give another") from None
     return out
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell a run's folder from another that has a `config.json`, as models elsewhere do."""
+    if (folder / "history.jsonl").is_file():
+        return True
+    try:
+        StudyConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, ConfigError):
+        return False
+    return True
 
 
 def _remove(out: Path) -> None:

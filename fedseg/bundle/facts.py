@@ -16,7 +16,7 @@ from fedseg.segmentation.metrics import METRICS
 
 __all__ = ["UNTOLD", "Facts", "evaluation_rows", "facts_of"]
 
-UNTOLD = "Not told: the model file came without its run"
+UNTOLD = "Not told: the model file came without a run that says it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +153,24 @@ def _data(run: Run, phantoms: bool) -> str:
             cases[name] = max(cases.get(name, 0), site.training.get("cases", 0))
     kind = "phantoms (synthetic CT)" if phantoms else "cases"
     trained = [count for count in cases.values() if count]
-    each = ", ".join(f"{count:.0f}" for count in sorted(trained, reverse=True))
+    total, sites = sum(trained), len(trained)
+    note = ", ".join(f"{count:.0f}" for count in sorted(trained, reverse=True))
+    if not trained:  # with secure aggregation a round's sum is all that is known
+        sums = ((line.sums.get("cases", 0.0), line.summed) for line in run.rounds)
+        total, sites = max(sums, default=(0.0, 0))
+        note = "the largest sum of a round"
+    if not total:
+        return UNTOLD
     return (
-        f"{sum(trained):.0f} {kind} at {len(trained)} sites ({each}), over "
+        f"{total:.0f} {kind} at {sites} sites ({note}), over "
         f"{max((line.number for line in run.rounds), default=0)} rounds; no scan left its site"
     )
 
 
 def _privacy(run: Run) -> str:
     lines = [line for line in run.rounds if line.privacy]
+    if not run.rounds:
+        return UNTOLD
     if not lines:
         return "No differential privacy was used, so no bound is known of what the weights tell"
     mode = text(table(run.config.get("privacy")).get("mode"))

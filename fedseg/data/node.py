@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedseg.config import Scalar, StudyConfig
 from fedseg.data.sites import Site, site_cases
-from fedseg.errors import ConfigError, DataError, FedSegError, Reason, SiteError
+from fedseg.errors import ConfigError, DataError, Reason, SiteError
 from fedseg.site_config import SiteConfig, load_site_config, valid_site_name
 
 __all__ = ["open_site", "own_config", "own_name"]
@@ -72,7 +72,7 @@ def own_name(node_config: Mapping[str, Scalar]) -> str:
     """Name of a node that can't take part, as far as it can be told; `""` where it has none."""
     try:
         name = load_site_config(node_config).name or ""
-    except FedSegError:
+    except Exception:  # what is wrong with it was told where it was first read
         name = str(node_config.get("name", ""))
     if not name and "data-dir" not in node_config and "partition-id" in node_config:
         name = f"site-{node_config['partition-id']}"

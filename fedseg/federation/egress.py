@@ -214,12 +214,11 @@ def _apology(context: Context, reason: Reason) -> Greeting:
     """Say hello all the same, so that people see which site can't take part."""
     node = context.node_config
     simulated = "data-dir" not in node and "num-partitions" in node
-    return Greeting(
-        name=own_name(node),
-        simulated=simulated,
-        sites=int(node["num-partitions"]) if simulated else 0,
-        reason=reason,
-    )
+    try:
+        sites = int(node["num-partitions"]) if simulated else 0
+    except (ValueError, OverflowError):
+        sites = 0
+    return Greeting(name=own_name(node), simulated=simulated, sites=sites, reason=reason)
 
 
 def _leave(message: Message, context: Context, owner: _Owner, reply: Reply) -> Message:

@@ -10,8 +10,11 @@ SuperLink: the signature is checked at the SuperNode, over the very bundle that 
 import base64
 import hashlib
 import json
+import lzma
+import struct
 import time
 import zipfile
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,23 @@ __all__ = ["app_spec", "bundle_server", "read_signing_key", "sign_bundle", "trus
 
 _MOST_BYTES = 10 * 1024 * 1024
 """Flower's own limit for a bundle."""
+
+_LONGEST_PYPROJECT = 64 * 1024
+"""Unpacked; FedSeg's own has 8 KiB."""
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # encrypted; NotImplementedError and RecursionError are of its kind
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
+"""What zipfile and tomli raise for a bundle that is none."""
 
 _LONGEST_REQUEST = 64 * 1024
 _SIGNATURES = ".signatures.json"
@@ -117,11 +137,23 @@ def app_spec(bundle: Path) -> tuple[str, str]:
         if bundle.stat().st_size > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES} bytes")
         with zipfile.ZipFile(bundle) as archive:
-            config = tomli.loads(archive.read("pyproject.toml").decode())
+            config = tomli.loads(_pyproject(archive).decode())
         name = f"@{config['tool']['flwr']['app']['publisher']}/{config['project']['name']}"
         return name, str(config["project"]["version"])
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{bundle}: no app bundle ({error}); make one with flwr build") from None
+
+
+def _pyproject(archive: zipfile.ZipFile) -> bytes:
+    """Unpack no more than the limit, whatever the bundle says of its size."""
+    entry = archive.getinfo("pyproject.toml")
+    content = b""
+    if entry.file_size <= _LONGEST_PYPROJECT:
+        with archive.open(entry) as file:
+            content = file.read(_LONGEST_PYPROJECT + 1)
+    if max(entry.file_size, len(content)) > _LONGEST_PYPROJECT:
+        raise ValueError(f"pyproject.toml has more than {_LONGEST_PYPROJECT} bytes")
+    return content
 
 
 def bundle_server(bundle: Path, *, port: int) -> ThreadingHTTPServer:

@@ -51,6 +51,8 @@ class Round:
         score: What the best round is chosen by: number of regions, and their mean Dice or what the
             study monitors.
         failed: Why the round moved no model, `""` where it did.
+        summed: Sites in the sum of secure aggregation, 0 without.
+        sums: Numbers of their training, added up.
     """
 
     number: int
@@ -63,6 +65,8 @@ class Round:
     late: Sequence[tuple[str, int, bool]]
     score: tuple[int, float] | None
     failed: str = ""
+    summed: int = 0
+    sums: Scores = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

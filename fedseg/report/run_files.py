@@ -151,7 +151,7 @@ def _rounds(path: Path, monitor: str, problems: list[str]) -> list[Round]:
 def _round(line: Mapping[str, Any], count: int, monitor: str) -> Round:
     names = ("global", "unseen", "federated")
     scopes = {name: scores(line.get(name)) for name in names}
-    privacy = line.get("privacy")
+    privacy, secagg = line.get("privacy"), table(line.get("secagg"))
     return Round(
         number=count,
         scopes={name: part for name, part in scopes.items() if part},
@@ -163,6 +163,8 @@ def _round(line: Mapping[str, Any], count: int, monitor: str) -> Round:
         late=_late(line.get("late")),
         score=score(scopes, monitor),
         failed=text(line.get("failed")),
+        summed=int(number(secagg.get("summed")) or 0),
+        sums=scores(secagg.get("sums")),
     )
 
 

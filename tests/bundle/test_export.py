@@ -19,6 +19,7 @@ from monai.networks.nets import UNet
 from small_model import plan_of, write_model
 
 from fedseg.bundle.export import export_bundle
+from fedseg.bundle.facts import UNTOLD
 from fedseg.commands.predict import predict
 from fedseg.data.phantom import KINDS, write_phantom_site
 from fedseg.errors import DataError, ModelError
@@ -251,6 +252,15 @@ def test_folder_of_a_run_gives_its_best_model_and_its_card(
     metadata = json.loads((out / "configs" / "metadata.json").read_text())
     assert any(key.startswith("federated.liver.dice") for key in metadata["eval_metrics"])
     assert str(tmp_path) not in card + json.dumps(metadata)
+
+
+@pytest.mark.parametrize("text", ['{"architectures": ["UNet"]}', "[" * 9999, "{", "\xff"])
+def test_config_json_of_something_else_makes_no_run(tmp_path: Path, text: str) -> None:
+    """So does a folder of Hugging Face look; nothing is known of the model's privacy."""
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    model = write_model(tmp_path / "model.safetensors", plan_of())
+    card = (export_bundle(model, tmp_path / "b") / "docs" / "README.md").read_text()
+    assert card.count(UNTOLD) == 3 and "No differential privacy" not in card
 
 
 needs_onnx = pytest.mark.skipif(

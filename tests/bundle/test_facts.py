@@ -43,6 +43,39 @@ def test_run_is_summed_up(tmp_path: Path) -> None:
     assert facts.versions["torch"] == "2.13"
 
 
+def write_history(folder: Path, *lines: dict[str, object]) -> None:
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_secure_aggregation_tells_the_sum_of_a_round(tmp_path: Path) -> None:
+    """Its sites send masked words: a line has nothing of a site's own training."""
+    folder = write_run(tmp_path / "r")
+    sites = {name: {"status": "ok", "training": {}} for name in ("aachen", "bonn", "chemnitz")}
+    first = {"summed": 3, "sums": {"cases": 30.0, "loss": 1.0}}
+    second = {"summed": 2, "sums": {"cases": 19.0, "loss": 1.0}}
+    write_history(
+        folder,
+        {"round": 0},
+        {"round": 1, "sites": sites, "secagg": first},
+        {"round": 2, "sites": sites, "secagg": second},
+    )
+    told = "30 cases at 3 sites (the largest sum of a round), over 2 rounds; no scan left its site"
+    assert of(folder).data == told
+
+
+@pytest.mark.parametrize("secagg", [None, {}, {"summed": 2, "sums": {"loss": 1.0}}])
+def test_no_number_of_cases_is_no_zero(tmp_path: Path, secagg: object) -> None:
+    folder = write_run(tmp_path / "r")
+    write_history(folder, {"round": 1, "sites": {"a": {"training": {}}}, "secagg": secagg})
+    assert of(folder).data == UNTOLD
+
+
+def test_run_without_rounds_tells_nothing_of_privacy(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r")
+    write_history(folder)
+    assert (of(folder).data, of(folder).privacy) == (UNTOLD, UNTOLD)
+
+
 def test_scores_of_another_round_are_not_taken(tmp_path: Path) -> None:
     facts = of(write_run(tmp_path / "r"), "1")
     assert facts.rows == () and facts.scores == {}

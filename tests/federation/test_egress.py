@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from local_grid import SMALL, LocalGrid
 
+from fedseg.config import StudyConfig
 from fedseg.errors import StudyError
+from fedseg.messages import query_content
 from fedseg.privacy.ledger import read
+from fedseg.site_config import SiteConfig
 
 Run = Callable[..., Any]
 
@@ -87,6 +91,58 @@ def test_site_without_a_ledger_cannot_take_part(
         sites[number]["ledger"] = str(tmp_path)
     with pytest.raises(StudyError, match="its ledger can't be written, so nothing left"):
         run_study(sites, {"federation.connect-deadline": 1.0})
+
+
+def hello(node: dict[str, Any]) -> dict[str, Any]:
+    """Greeting of a node that can't take part: no error, and its own ledger has the line."""
+    grid = LocalGrid({4: {**node, "name": "dessau"}}, SMALL)
+    asked = query_content(StudyConfig.from_run_config(SMALL))
+    message = Message(asked, dst_node_id=4, message_type="query.hello")
+    (message_id,) = grid.push_messages([message])
+    (answer,) = grid.pull_messages([message_id])
+    assert answer.has_content() and set(answer.content) == {"site", "ledger"}
+    (line,) = read(SiteConfig().ledger_file)
+    assert line["hash"] == answer.content["ledger"]["hash"]
+    assert line["message"] == "hello" and line["reason"] == answer.content["site"]["reason"]
+    return dict(answer.content["site"])
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"data-dir": "~nobody-9/data"},
+        {"site-config": "~nobody-9/site.toml"},
+        {"site-config": "a\0b"},
+        {"site-config": "deep.toml"},
+        {"data-dir": ".", "cache-dir": "~nobody-9/cache"},
+        {"data-dir": ".", "ledger": "~nobody-9/ledger.jsonl"},
+    ],
+)
+@pytest.mark.usefixtures("run_study")
+def test_faults_of_the_config_leave_as_a_reason_in_the_ledger(
+    node: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep.toml").write_text("name = " + "[" * 5000)
+    told = hello(node)
+    assert (told["name"], told["reason"]) == ("dessau", "site-config")
+
+
+@pytest.mark.usefixtures("run_study")
+def test_what_nobody_thought_of_leaves_as_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("/data/patient")
+
+    monkeypatch.setattr("fedseg.data.node.load_site_config", fail)
+    told = hello({"data-dir": "."})
+    assert (told["name"], told["reason"]) == ("dessau", "error")
+    assert "patient" not in str(told)
+
+
+@pytest.mark.usefixtures("run_study")
+def test_number_of_partitions_that_is_none() -> None:
+    told = hello({"partition-id": 0, "num-partitions": "three"})
+    assert (told["sites"], told["reason"]) == (0, "error")
 
 
 def test_refused_metrics_are_named_and_leave_the_model_alone(

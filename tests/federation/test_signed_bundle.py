@@ -2,6 +2,7 @@
 
 import json
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,6 +145,56 @@ def test_zip_without_app_is_no_bundle(tmp_path: Path) -> None:
             archive.writestr("pyproject.toml", text)
         with pytest.raises(DataError, match="no app bundle"):
             app_spec(path)
+
+
+def packed(path: Path, content: str, method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("pyproject.toml", content)
+    return path.read_bytes()
+
+
+def changed(content: bytes, *, local: int, central: int, value: int) -> bytes:
+    """Change a field of two bytes in both headers of a zip of one file."""
+    spoilt = bytearray(content)
+    spoilt[local : local + 2] = value.to_bytes(2, "little")
+    at = spoilt.index(b"PK\x01\x02") + central
+    spoilt[at : at + 2] = value.to_bytes(2, "little")
+    return bytes(spoilt)
+
+
+def one_line(path: Path, why: str) -> None:
+    with pytest.raises(DataError, match=f"no app bundle .*{why}.*; make one") as caught:
+        sign_bundle(path, Ed25519PrivateKey.generate(), signer="aachen")
+    assert "\n" not in str(caught.value)
+
+
+def test_bundle_that_unpacks_to_too_much(bundle: Path) -> None:
+    packed(bundle, PYPROJECT + "#" * 30_000_000)
+    assert bundle.stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        one_line(bundle, "pyproject.toml has more than 65536 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    packed(bundle, PYPROJECT + "#" * (65536 - len(PYPROJECT)))
+    assert app_spec(bundle) == ("@clinic/net", "1.2.3")
+
+
+def test_damaged_bundles_are_one_line(bundle: Path) -> None:
+    content = packed(bundle, PYPROJECT)
+    start = 30 + len("pyproject.toml")
+    bundle.write_bytes(content[:start] + b"\xff\xff" + content[start + 2 :])
+    one_line(bundle, "decompressing")
+    bundle.write_bytes(changed(content, local=6, central=8, value=1))
+    one_line(bundle, "encrypted")
+    bundle.write_bytes(changed(content, local=8, central=10, value=99))
+    one_line(bundle, "not supported")
+    content = packed(bundle, PYPROJECT, zipfile.ZIP_LZMA)
+    bundle.write_bytes(content[: start + 9] + b"\xff" * 9 + content[start + 18 :])
+    one_line(bundle, "Corrupt")
+    packed(bundle, "name = " + "[" * 5000)
+    one_line(bundle, "")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]"])
