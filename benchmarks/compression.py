@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import processor, run, write_result
+from harness import processor, run, write_part, write_result
 
 from fedseg.config import StudyConfig
 from fedseg.data.node import open_site
@@ -112,13 +112,12 @@ def study(point: Point, seed: int, options: str) -> Outcome:
 def curve(points: tuple[Point, ...], seeds: int, options: str) -> list[str]:
     """Run a study for each scheme and seed; what whole seeds came to stays if it is broken off."""
     found: dict[Point, list[Outcome]] = {point: [] for point in points}
-    part = Path(__file__).parent / "results" / "compression.part"
     for seed in range(seeds):
         for point in points:
             found[point].append(study(point, seed, options))
             print(seed, point.name, found[point][-1], flush=True)
-        part.write_text("\n".join(table(found)) + "\n")
-    part.unlink()
+        if seed + 1 < seeds:
+            write_part("compression", "\n".join(table(found)) + "\n")
     return table(found)
 
 

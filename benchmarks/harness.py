@@ -76,11 +76,19 @@ def processor() -> str:
     return ", ".join([found.group(1) if found else platform.machine(), f"{cores} cores", *flags])
 
 
+RESULTS = ROOT / "benchmarks" / "results"
+
+
 def write_result(name: str, text: str) -> None:
     """Print a result and keep it with its date."""
     print(text)
-    file = f"{datetime.date.today()}-{name}.md"
-    (ROOT / "benchmarks" / "results" / file).write_text(text)
+    (RESULTS / f"{datetime.date.today()}-{name}.md").write_text(text)
+    (RESULTS / f"{name}.part").unlink(missing_ok=True)
+
+
+def write_part(name: str, text: str) -> None:
+    """Keep what there is of a result, in case the rest is broken off."""
+    (RESULTS / f"{name}.part").write_text(text)
 
 
 def rival_venv(folder: Path, requirements: list[str]) -> Path:
@@ -154,13 +162,18 @@ def watched(command: list) -> tuple[float, float]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        # Its own peak: ru_maxrss would count this process as it was when it forked.
-        try:
-            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-        except OSError:
-            break
-        peak = max(peak, int(found.group(1)) if found else 0)
+        peak = max(peak, peak_memory(process.pid))
         time.sleep(0.02)
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, command)
     return time.monotonic() - began, peak / 1e6
+
+
+def peak_memory(pid: int) -> int:
+    """Peak resident memory of a process so far, kB; 0 where it has ended."""
+    # Its own peak: ru_maxrss would count this process as it was when it forked.
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from harness import processor, write_result
+from harness import processor, write_part, write_result
 from plain_federation import SMALL, begin, federate, liver_dice, phantoms, train_alone
 
 from fedseg.config import StudyConfig
@@ -129,6 +129,7 @@ def main() -> None:
     if options.quick:
         options.seeds, options.rounds, options.steps = 1, 2, 2
     scores: dict[str, dict[str, list[float]]] = {}
+    result = f"strategies-{options.suffix}" if options.suffix else "strategies"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         begin(scratch)
@@ -143,14 +144,10 @@ def main() -> None:
             for name in options.splits.split(","):
                 shares = split(name, pool, seed)
                 one_split(name, shares, held_out, plan, options, seed, scores)
-            if not options.quick:
-                (Path(__file__).parent / "results" / "strategies.part").write_text(
-                    table(scores, options, seed + 1)
-                )
+            if seed + 1 < options.seeds:
+                write_part(result, table(scores, options, seed + 1))
     if not options.quick:
-        (Path(__file__).parent / "results" / "strategies.part").unlink()
-        name = f"strategies-{options.suffix}" if options.suffix else "strategies"
-        write_result(name, table(scores, options, options.seeds))
+        write_result(result, table(scores, options, options.seeds))
     else:
         print(table(scores, options, options.seeds))
 

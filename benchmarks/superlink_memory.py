@@ -13,7 +13,6 @@ the database's size on disk, seen from outside. Writes
 import argparse
 import datetime
 import functools
-import re
 import sys
 import tempfile
 import threading
@@ -34,7 +33,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_object_contents_from_iterable,
 )
 from flwr.supernode.fleet_http_connection import http_request_response
-from harness import ROOT, processor, write_result
+from harness import ROOT, peak_memory, processor, write_result
 from server_memory import SITES, answer, model_length, parameters, study_config
 
 from fedseg.federation.compression import make_scheme
@@ -139,12 +138,7 @@ def watch(superlink: int) -> Iterator[tuple[str, float]]:
         name = "flower-superlink" if row.pid == superlink else SERVER_APP
         if row.pid != superlink and SERVER_APP not in row.args:
             continue
-        try:
-            status = Path(f"/proc/{row.pid}/status").read_text()
-        except OSError:
-            continue
-        if found := re.search(r"VmHWM:\s+(\d+)", status):
-            yield name, int(found[1]) / 1000
+        yield name, peak_memory(row.pid) / 1000
 
 
 def main() -> None:

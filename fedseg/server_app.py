@@ -1,6 +1,5 @@
 """The ServerApp: read the study config, find the sites, run the rounds, show the result."""
 
-import copy
 import logging
 import os
 import sys
@@ -19,15 +18,12 @@ from torch import nn
 
 from fedseg.config import StudyConfig
 from fedseg.data.fingerprint import Fingerprint, shared_scans
-from fedseg.data.held_out import HeldOut, server_cases
 from fedseg.data.plan import Plan
 from fedseg.data.planning import make_plan, needs_fingerprints
 from fedseg.errors import FedSegError, StudyError
 from fedseg.federation.compatible import check_compatible
 from fedseg.federation.federation import (
     Federation,
-    ServerEvaluation,
-    Summary,
     outside_rounds,
 )
 from fedseg.federation.fingerprints import collect_fingerprints
@@ -39,6 +35,7 @@ from fedseg.federation.resume import resume
 from fedseg.federation.rounds import personal_models, run_rounds
 from fedseg.federation.run_folder import RunFolder, new_run_id
 from fedseg.federation.secure_round import take_unread
+from fedseg.federation.server_evaluation import server_evaluation
 from fedseg.federation.sites import KnownSite, find_sites
 from fedseg.federation.strategies import (
     check_strategy,
@@ -53,14 +50,12 @@ from fedseg.registry import is_custom, resolve
 from fedseg.report.at_end import report_run
 from fedseg.report.table import result_table
 from fedseg.report.trackers import check_trackers, tracking
-from fedseg.segmentation.evaluation import evaluate_cases
 from fedseg.segmentation.lightning_backend import check_backend
 from fedseg.segmentation.losses import LOSSES
-from fedseg.segmentation.metrics import summarise
 from fedseg.segmentation.model_file import sha256_of
 from fedseg.segmentation.models import build_model, check_logits, check_patch, parameter_count
 from fedseg.segmentation.start import Source, fit_weights, read_weights
-from fedseg.segmentation.training import choose_device, set_threads
+from fedseg.segmentation.training import set_threads
 
 __all__ = ["app", "run_study"]
 
@@ -213,7 +208,7 @@ def _federation(
         strategy=strategy,
         reduce=reducer_of(study, tumor_rows=tumor_rows(study, network, plan)),
         folder=folder,
-        evaluate=_server_evaluation(study, plan, all(site.simulated for site in sites)),
+        evaluate=server_evaluation(study, plan, simulated=all(site.simulated for site in sites)),
     )
 
 
@@ -295,29 +290,3 @@ def _source(study: StudyConfig) -> Source | None:
     if not study.model.init_from:
         return None
     return read_weights(study.model.init_from, runs=Path(study.output.dir))
-
-
-def _server_evaluation(study: StudyConfig, plan: Plan, simulated: bool) -> ServerEvaluation:
-    """Make the function that scores a network on the server's own cases."""
-    groups = server_cases(study, plan, simulated=simulated)
-    device = choose_device("auto")
-
-    def score(network: nn.Module, held: HeldOut, distances: bool) -> Summary:
-        sums = evaluate_cases(
-            network,
-            held.cases,
-            plan,
-            device=device,
-            precision=study.train.precision,
-            annotated=held.annotated,
-            distances=distances,
-        )
-        return summarise(sums)
-
-    def evaluate(network: nn.Module, *, distances: bool = False) -> dict[str, Summary]:
-        if device.type != "cpu" and groups:
-            # Scoring brings a network to its device, and the global model is averaged on the CPU.
-            network = copy.deepcopy(network)
-        return {name: score(network, held, distances) for name, held in groups.items()}
-
-    return evaluate

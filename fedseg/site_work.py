@@ -60,8 +60,9 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     secure = received(message, context, study, "train")
     cases = _cases(site, plan, study)
     enough_cases(site.config.policy, training=len(cases.training))
+    planned = _planned(cases, plan, study, site)
     if secure is not None:
-        check_weight(message, study, secure, _planned(cases, plan, study, site))
+        check_weight(message, study, secure, planned)
     check_spending(site, study, plan)
     device = _device(site)
     kept = kept_folder(site, task.study_run, task.round_number - 1)
@@ -73,7 +74,7 @@ def train(message: Message, context: Context, study: StudyConfig) -> Reply:
     protected = protect(update, study)
     charge(site, study, plan, task)
     metrics = {
-        **_planned(cases, plan, study, site),
+        **planned,
         "skipped": cases.skipped,
         "patches": trained.report.patches,
         "steps": trained.report.steps,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flwr.app import Array, Context, Message, RecordDict
 from local_grid import sent_weights
-from safetensors.torch import load_file
+from read_run import history, weights
 
 from fedseg import cli, client_app, server_app, site_work
 from fedseg.data.fingerprint import EDGES, Fingerprint
@@ -35,14 +35,6 @@ def three_sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
         11 * (n + 1): {"data-dir": str(make_site(name, seed=n)), "device": "cpu"}
         for n, name in enumerate(names)
     }
-
-
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Any) -> dict[str, torch.Tensor]:
-    return load_file(folder.path / "model-last.safetensors")
 
 
 def test_a_study_leaves_its_run_folder(

@@ -3,8 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +18,8 @@ from fedseg.commands.options import (
     TumorInLiver,
     device_of,
 )
-from fedseg.errors import ConfigError, DataError
+from fedseg.data.whole_file import writing
+from fedseg.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedseg.segmentation.evaluation import FolderScores
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def _check_writable(path: Path) -> None:
-    with _writing(path):
+    with writing(path, kind="file"):
         new = not path.exists()
         path.open("a").close()
         if new:
@@ -114,22 +114,12 @@ def _write_cases(path: Path, result: "FolderScores") -> None:
     rows = result.rows()
     # A file name may have bytes that are no UTF-8.
     with (
-        _writing(path),
+        writing(path, kind="file"),
         path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path}: can't be written ({error.strerror}); free space, or give another file"
-        ) from None
 
 
 def _print_json(

@@ -1,9 +1,28 @@
-"""Write a file that is there whole or not at all."""
+"""Write a file that is there whole or not at all, or say in one line why it can't be."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file"]
+from fedseg.errors import DataError
+
+__all__ = ["replace_file", "writing"]
+
+
+@contextmanager
+def writing(path: Path, *, kind: str) -> Iterator[None]:
+    """Make an error of the system one of a user's: `path` is a `kind`, file or folder, of theirs.
+
+    Raises:
+        DataError: It can't be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be written ({error.strerror}); free space, or give another {kind}"
+        ) from None
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:

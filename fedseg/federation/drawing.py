@@ -33,8 +33,7 @@ def count_of(study: StudyConfig, sites: int) -> int:
 
 def drawn_sites(federation: Federation, number: int) -> list[KnownSite]:
     """Sites of a round: all that aren't busy with an earlier one, or a fraction drawn by seed."""
-    study, late = federation.study, federation.progress.late
-    free = [site for site in federation.sites if site.name not in late]
+    study, free = federation.study, federation.free
     if study.federation.fraction == 1:
         return free
     count = count_of(study, len(federation.sites))

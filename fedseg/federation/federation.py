@@ -90,6 +90,11 @@ class Federation:
     received: list[dict[str, Any]] = field(default_factory=list)
     unread: dict[str, Unread] = field(default_factory=dict)
 
+    @property
+    def free(self) -> list[KnownSite]:
+        """Sites that aren't at work on an earlier round."""
+        return [site for site in self.sites if site.name not in self.progress.late]
+
     def split(self) -> SplitState:
         """Split the global model's state into shared, local and integer tensors."""
         return split_state(self.network, self.study.federation.shared)

@@ -111,9 +111,9 @@ def step_factors(parts: Sequence[float], steps: Sequence[float]) -> list[float]:
 
     with p_i a site's part of the mean and tau_i its local steps, and tau_eff at most twice their
     weighted median: it stretches the updates of all who did fewer steps, and what one site does, or
-    says it did, mustn't decide how far. Otherwise it is FedNova's own formula for
-    local SGD; for SGD with momentum FedNova would count its steps by the momentum's geometric sum,
-    and AdamW isn't in its theory: there this is plain averaging of mean steps.
+    says it did, mustn't decide how far. Otherwise it is FedNova's own formula for local SGD; for
+    SGD with momentum FedNova would count its steps by the momentum's geometric sum, and AdamW isn't
+    in its theory: there this is plain averaging of mean steps.
 
     Args:
         parts: S factors of a mean, see `shares` and `undiluted`.

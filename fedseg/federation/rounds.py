@@ -161,11 +161,10 @@ def _evaluate_round(federation: Federation, number: int, line: dict[str, Any]) -
 
 def _ask(federation: Federation, number: int, *, final: bool = False) -> Iterator[Arrival]:
     """Ask all sites that aren't at work on something else for the model's scores."""
-    free = [site for site in federation.sites if site.name not in federation.progress.late]
     content = federation.content(federation.task(number, final=final))
     return exchange(
         federation.grid,
-        messages_to(free, content, "evaluate"),
+        messages_to(federation.free, content, "evaluate"),
         deadline=federation.study.federation.round_deadline,
     )
 

@@ -171,8 +171,7 @@ def _scored(
     federation: Federation, number: int, purpose: Purpose, meanwhile: Callable[[], object]
 ) -> tuple[dict[str, Any], Mapping[str, float]]:
     """Sum the numbers of an evaluation; none where it failed, and why."""
-    free = [site for site in federation.sites if site.name not in federation.progress.late]
-    going = _summing(federation, number, purpose, free)
+    going = _summing(federation, number, purpose, federation.free)
     once = functools.cache(meanwhile)  # beside the sites' work, else after it
     try:
         content = federation.content(federation.task(number, final=purpose == "final"))

@@ -25,7 +25,7 @@ from fedseg.federation.sites import KnownSite
 from fedseg.messages import ARRAYS, CONFIG, Answer, protocol_record
 from fedseg.privacy import secagg_server
 from fedseg.privacy.graph import LEAST_SITES
-from fedseg.privacy.roster import Party, party_of
+from fedseg.privacy.roster import Party, check_enough, party_of
 from fedseg.privacy.secagg_server import RunningSum
 from fedseg.privacy.secagg_wire import Purpose
 
@@ -119,11 +119,7 @@ def _shares(going: Summing, party: Party) -> dict[int, dict[int, bytes]]:
     )
     sealed = {going.names.index(name): shares for name, shares in found.items()}
     going.sharers = set(sealed)
-    if len(sealed) < party.threshold:  # to compute would be in vain
-        raise TooFewSites(
-            f"secure aggregation: {len(sealed)} of {party.size} sites sent shares; expected at "
-            f"least {party.threshold} (privacy.secagg-threshold, and {LEAST_SITES})"
-        )
+    check_enough(party, len(sealed), "sent shares")  # to compute would be in vain
     return sealed
 
 

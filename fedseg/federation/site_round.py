@@ -176,7 +176,7 @@ def _steps(
         cases.training,
         plan,
         study.train,
-        steps=_ENDLESS if minutes else steps,
+        steps=steps,
         device=device,
         rng=np.random.default_rng(seed),
     )

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -64,9 +65,7 @@ def find_sites(grid: Grid, study: StudyConfig, *, least: int = 0) -> list[KnownS
     said = -1
     while True:
         _ask_new_nodes(grid, study, asked, registered)
-        for message_id, node in list(asked.items()):
-            for reply in grid.pull_messages([message_id]) if node not in greeted else ():
-                greeted[node] = read_greeting(reply)
+        _hear(grid, asked, greeted)
         sites = _named(greeted, registered)
         heard_all = len(greeted) == len(asked) or time.monotonic() > began + _GRACE_SECONDS
         if (heard_all and _complete(sites, greeted, study, least)) or time.monotonic() > end:
@@ -96,13 +95,10 @@ def find_again(grid: Grid, study: StudyConfig, sites: list[KnownSite]) -> dict[s
     began = time.monotonic()
     greeted: dict[int, Greeting] = {}
     registered: dict[int, str] = {}
-    asked = {f"node {node}": node for node in known}
-    _ask_new_nodes(grid, study, asked, registered)
-    while len(greeted) < len(asked) - len(known) and time.monotonic() < began + _GRACE_SECONDS:
-        for message_id, node in asked.items():
-            if node not in known and node not in greeted:
-                for reply in grid.pull_messages([message_id]):
-                    greeted[node] = read_greeting(reply)
+    asked: dict[str, int] = {}
+    _ask_new_nodes(grid, study, asked, registered, known=known)
+    while len(greeted) < len(asked) and time.monotonic() < began + _GRACE_SECONDS:
+        _hear(grid, asked, greeted)
         time.sleep(poll_pause(time.monotonic() - began))
     found: dict[str, list[KnownSite]] = {}
     for site in _named(greeted, registered):
@@ -112,18 +108,30 @@ def find_again(grid: Grid, study: StudyConfig, sites: list[KnownSite]) -> dict[s
 
 
 def _ask_new_nodes(
-    grid: Grid, study: StudyConfig, asked: dict[str, int], registered: dict[int, str]
+    grid: Grid,
+    study: StudyConfig,
+    asked: dict[str, int],
+    registered: dict[int, str],
+    *,
+    known: Collection[int] = (),
 ) -> None:
     """Greet nodes that weren't there before; a dead one's silence holds up nobody."""
     for node in grid.get_nodes():
         registered[node.node_id] = str(node.name)
-        if node.node_id not in asked.values():
+        if node.node_id not in known and node.node_id not in asked.values():
             hello = Message(
                 query_content(study), dst_node_id=node.node_id, message_type="query.hello"
             )
             for message_id in grid.push_messages([hello]):
                 if message_id:
                     asked[message_id] = node.node_id
+
+
+def _hear(grid: Grid, asked: dict[str, int], greeted: dict[int, Greeting]) -> None:
+    """Take the answers to hello that are there."""
+    for message_id, node in asked.items():
+        for reply in grid.pull_messages([message_id]) if node not in greeted else ():
+            greeted[node] = read_greeting(reply)
 
 
 def _named(greeted: dict[int, Greeting], registered: dict[int, str]) -> list[KnownSite]:

@@ -1,7 +1,5 @@
 """The training half of a round: choose sites, collect updates, guard, weigh, reduce, move."""
 
-import copy
-import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -11,7 +9,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from fedseg.arrays import array_bytes
-from fedseg.errors import Reason, StudyError
+from fedseg.errors import StudyError
 from fedseg.federation.central_dp import clipped, noised_mean
 from fedseg.federation.collect import (
     FORGET_AFTER,
@@ -26,10 +24,9 @@ from fedseg.federation.compression import scheme_of
 from fedseg.federation.drawing import drawn_sites, planned_sites
 from fedseg.federation.federation import Federation, messages_to
 from fedseg.federation.flat import Layout, layout_of, unflatten
-from fedseg.federation.gram import gram
-from fedseg.federation.guard import Quarantine, decide, probe, site_of
-from fedseg.federation.history import new_line, score, why
-from fedseg.federation.reduce import averages_steps
+from fedseg.federation.guard import site_of
+from fedseg.federation.guard_round import guard_updates
+from fedseg.federation.history import new_line, why
 from fedseg.federation.secure_round import secure_change, take_late
 from fedseg.federation.site_privacy import clips_updates
 from fedseg.federation.spending import spend, spent
@@ -42,8 +39,6 @@ from fedseg.registry import resolve
 __all__ = ["train_round"]
 
 log = logging.getLogger(__name__)
-
-_BAD = (Reason.BAD_UPDATE.value, Reason.NOT_FINITE.value)
 
 
 def train_round(federation: Federation, number: int) -> dict[str, Any]:
@@ -105,7 +100,7 @@ def _averaged(
     if clips_updates(federation.study) and federation.study.privacy.mode != "local-dp":
         assert federation.study.privacy.clip is not None
         opened = clipped(opened, federation.study.privacy.clip)
-    _guard(federation, before, opened, updates, entries)
+    guard_updates(federation, before, opened, updates, entries)
     _warn(entries["sites"], number)
     _check_enough(federation, number, opened, updates, entries)
     weights = _weights(federation, {name: updates[name] for name in opened}, entries["sites"])
@@ -194,79 +189,6 @@ def _late_updates(
         elif update is not None:
             update.path.unlink()
     return updates
-
-
-def _guard(
-    federation: Federation,
-    before: Mapping[str, torch.Tensor],
-    opened: dict[str, SpooledUpdate],
-    updates: Mapping[str, Update],
-    entries: dict[str, Any],
-) -> None:
-    """Leave out what the guard finds odd, and who is still on parole."""
-    settings, progress = federation.study.federation, federation.progress
-    lines = entries["sites"]
-    if not settings.guard or not opened:
-        return
-    # What came and could not even be read is as bad as an odd update.
-    found = {
-        name: Reason(line["reason"])
-        for name, line in lines.items()
-        if line["reason"] in _BAD and line["bytes_up"]
-    }
-    if settings.guard_probe is not None:
-        loss = functools.partial(_probe_loss, federation, before, opened)
-        found |= probe(opened, loss, most=settings.guard_probe)
-    products = gram(list(opened.values()))
-    if averages_steps(federation.study):
-        # Sites that take more steps move further: what is averaged is the mean step.
-        steps = torch.tensor([updates[name].metrics["steps"] for name in opened]).double()
-        products = products / torch.outer(steps, steps)
-    decision = decide(
-        products,
-        list(opened),
-        Quarantine.from_json(progress.quarantine),
-        norm_factor=settings.guard_norm,
-        opposition=settings.guard_opposition,
-        parole=settings.parole,
-        found=found,
-    )
-    progress.quarantine = decision.quarantine.to_json()
-    for name, reason in decision.left_out.items():
-        del opened[name]
-        if name in lines:
-            lines[name].update(status="quarantined", reason=reason.value)
-        for record in entries["late"]:
-            if name.startswith(f"{record['site']}@"):
-                record.update(status="quarantined", used=False)
-    for name, verdict in decision.verdicts.items():
-        if name in lines:
-            lines[name]["guard"] = {"norm": verdict.norm, "cosine": verdict.cosine}
-
-
-def _probe_loss(
-    federation: Federation,
-    before: Mapping[str, torch.Tensor],
-    opened: Mapping[str, SpooledUpdate],
-    name: str | None,
-) -> float:
-    """1 - mean Dice on the server's cases of the global model, moved by one update if it is named.
-
-    Raises:
-        StudyError: The server has no cases.
-    """
-    network = copy.deepcopy(federation.network)
-    if name is not None:
-        update = opened[name]
-        change = unflatten(update.chunk(0, update.size), layout_of(before))
-        moved = {key: tensor + change[key] for key, tensor in before.items()}
-        network.load_state_dict({**network.state_dict(), **moved})
-    reached = score({"global": federation.evaluate(network).get("global", {})})
-    if reached is None:
-        raise StudyError(
-            "federation.guard-probe: the server has no cases; set data.server-dir or leave it empty"
-        )
-    return 1 - reached[1]
 
 
 def _check_enough(

@@ -31,6 +31,7 @@ __all__ = [
     "Party",
     "Terms",
     "advert_parts",
+    "check_enough",
     "check_pinned",
     "check_survivors",
     "party_of",
@@ -185,10 +186,24 @@ def check_survivors(party: Party, survivors: Sequence[int]) -> None:
     """
     if list(survivors) != sorted(set(survivors)) or any(i >= party.size for i in survivors):
         raise ProtocolError("survivors: got a list out of order; expected each site once")
-    if len(survivors) < party.threshold:
+    check_enough(party, len(survivors), "are left")
+
+
+def check_enough(party: Party, count: int, have: str) -> None:
+    """Check how many sites have got so far.
+
+    Args:
+        party: The round.
+        count: Number of sites.
+        have: What they have done, for the error.
+
+    Raises:
+        TooFewSites: They are below the threshold.
+    """
+    if count < party.threshold:
         raise TooFewSites(
-            f"secure aggregation: {len(survivors)} of {party.size} sites are left; expected at "
-            f"least {party.threshold} (privacy.secagg-threshold, and {LEAST_SITES})"
+            f"secure aggregation: {count} of {party.size} sites {have}; expected at least "
+            f"{party.threshold} (privacy.secagg-threshold, and {LEAST_SITES})"
         )
 
 

@@ -3,8 +3,7 @@
 import functools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from fedseg.data.plan import Plan
 from fedseg.data.preprocess import Modality
 from fedseg.data.scans import mask_names
 from fedseg.data.volumes import Volume, read_image, read_mask, write_mask
-from fedseg.data.whole_file import replace_file
+from fedseg.data.whole_file import replace_file, writing
 from fedseg.errors import CaseError, DataError, ModelError, why_left_out
 from fedseg.segmentation.inference import (
     OnWindows,
@@ -168,7 +167,7 @@ def _predicted(
         findings = findings_of(labels, volume)
     except (CaseError, ModelError, MemoryError, RuntimeError) as error:
         return Prediction(scan=scan, problem=why_left_out(scan, error))
-    with _writing(out):
+    with writing(out, kind="folder"):
         write_mask(target, labels, volume)
         if picture:
             replace_file(out / f"{name}.png", picture)
@@ -188,7 +187,7 @@ def _kept(scan: Path, out: Path, name: str, *, overlay: bool) -> Prediction:
             volume = read_image(scan)
             labels = read_mask(target, image=volume).array
             found = findings_of(labels, volume)
-            with _writing(out):
+            with writing(out, kind="folder"):
                 if overlay and not picture.exists():
                     replace_file(picture, _drawn(volume, labels))
                 if findings is None:
@@ -223,13 +222,3 @@ def _same_grid(mask: Path, scan: Path) -> bool:
 
 def _drawn(scan: Volume, labels: np.ndarray) -> bytes:
     return draw_overlay(scan.array, labels, spacing=scan.spacing)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{out}: can't be written ({error.strerror}); free space, or give another folder"
-        ) from None

@@ -12,7 +12,7 @@ import torch
 from attackers import attacker
 from flwr.app import Message
 from local_grid import LocalGrid
-from safetensors.torch import load_file
+from read_run import history, weights
 from updates import spooled
 
 from fedseg.config import StudyConfig
@@ -51,14 +51,6 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
         n + 1: {"data-dir": str(make_site(name, cases=2, seed=n)), "device": "cpu"}
         for n, name in enumerate(names)
     }
-
-
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Any) -> dict[str, torch.Tensor]:
-    return load_file(folder.path / "model-last.safetensors")
 
 
 def moved(folder: Any) -> torch.Tensor:

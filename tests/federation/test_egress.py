@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 from local_grid import SMALL, LocalGrid
+from read_run import history
 
 from fedseg.config import StudyConfig
 from fedseg.errors import StudyError
@@ -37,10 +38,6 @@ def four_sites(
     """One may refuse: the sum of two is never unmasked."""
     more = {"data-dir": str(make_site("dortmund", seed=4)), "device": "cpu"}
     return {**sites, 4: {**more, "ledger": str(tmp_path / "dortmund.jsonl")}}
-
-
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
 
 
 def after_hello(change: Callable[[], None]) -> Callable[[Message], Message]:

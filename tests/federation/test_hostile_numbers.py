@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from read_run import history
 from updates import spooled
 
 from fedseg.federation.collect import plausible_training
@@ -75,10 +76,6 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
         n: {"data-dir": str(make_site(name, seed=n)), "device": "cpu"}
         for n, name in enumerate(names, start=1)
     }
-
-
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
 
 
 def answering(kind: str, numbers: dict[str, float]) -> Callable[[Message], Message]:

@@ -12,11 +12,11 @@ import torch
 from attackers import attacker
 from flwr.app import Message
 from local_grid import LocalGrid
-from safetensors.torch import load_file
+from read_run import history, last_run, same, weights
 from torch import nn
 
-from fedseg import server_app
 from fedseg.errors import ConfigError, StudyError
+from fedseg.federation import server_evaluation
 from fedseg.federation.mean import step_factors
 from fedseg.segmentation.layers import place
 from fedseg.segmentation.lightning_backend import BACKENDS
@@ -33,15 +33,6 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
         n + 1: {"data-dir": str(make_site(name, seed=n)), "device": "cpu"}
         for n, name in enumerate(NAMES)
     }
-
-
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
-
-
-def same(one: Any, other: Any) -> bool:
-    first, second = (load_file(f.path / "model-last.safetensors") for f in (one, other))
-    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +172,7 @@ def test_a_run_that_ended_for_a_bad_update_asks_its_site_again(
     config = {**ALL, "federation.min-sites": 4}
     with pytest.raises(StudyError, match=r"got 3 good updates; .*bonn: quarantined"):
         run_study(sites, config, reply={2: attacker("100x")})
-    folder = Path(run_study.grid.run_config["output.dir"], "latest").resolve()  # type: ignore[attr-defined]
+    folder = last_run(run_study)
     resumed, grid = run_study(sites, {"output.resume": str(folder)})
     trains = [m for m in grid.sent if m.metadata.message_type == "train"]
     assert trains[0].metadata.dst_node_id == 2
@@ -289,7 +280,7 @@ def test_a_run_that_was_broken_off_keeps_its_state_while_others_run(
 
     with pytest.raises(KeyboardInterrupt):
         run_study(sites, {**kept, "federation.rounds": 3}, reply={4: killed})
-    folder = Path(run_study.grid.run_config["output.dir"], "latest").resolve()  # type: ignore[attr-defined]
+    folder = last_run(run_study)
     for number in range(others):
         once = {"federation.rounds": 1, "train.seed": number + 1}
         run_study(sites, {**ALL, "train.optimizer-state": "keep", **once})
@@ -313,10 +304,10 @@ def test_scoring_on_a_gpu_leaves_the_global_model_where_it_is_averaged(
         scored.append(next(network.parameters()).device.type)
         return empty_sums()
 
-    monkeypatch.setattr(server_app, "choose_device", lambda _: torch.device("meta"))
-    monkeypatch.setattr(server_app, "evaluate_cases", on_device)
+    monkeypatch.setattr(server_evaluation, "choose_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(server_evaluation, "evaluate_cases", on_device)
     held_out = {"data.server-dir": str(make_site("held-out", cases=1, seed=9))}
     folder, _ = run_study(sites, {**ALL, **held_out, "federation.rounds": 1})
     assert set(scored) == {"meta"}
-    tensors = load_file(folder.path / "model-last.safetensors").values()
+    tensors = weights(folder).values()
     assert all(bool(tensor.isfinite().all()) for tensor in tensors)

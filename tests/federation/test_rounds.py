@@ -10,6 +10,7 @@ import torch
 from attackers import attacker
 from flwr.app import Array, Message
 from local_grid import LocalGrid, sent_weights
+from read_run import history, same, weights
 from safetensors.torch import load_file
 
 from fedseg.errors import ConfigError, StudyError
@@ -24,18 +25,6 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
         n + 1: {"data-dir": str(make_site(name, seed=n)), "device": "cpu"}
         for n, name in enumerate(names)
     }
-
-
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Any) -> dict[str, torch.Tensor]:
-    return load_file(folder.path / "model-last.safetensors")
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(t, weights(other)[name]) for name, t in weights(one).items())
 
 
 ALL = {"federation.sites": "4"}

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import Message
 from markupsafe import escape
-from safetensors.torch import load_file
+from read_run import history, last_run, weights
 
 from fedseg import site_work
 from fedseg.data.plan import Plan
@@ -54,14 +54,6 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
     }
 
 
-def history(folder: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Any) -> dict[str, torch.Tensor]:
-    return load_file(folder.path / "model-last.safetensors")
-
-
 def initial(folder: Any) -> dict[str, torch.Tensor]:
     plan = Plan.from_json((folder.path / "plan.json").read_text())
     return build_model(plan, seed=0).state_dict()
@@ -86,10 +78,6 @@ def silent_once(stage: str, *, time: int = 1) -> Callable[[Message], Message | N
         return None if asked == time and message.metadata.message_type == stage else message
 
     return reply
-
-
-def last_run(run_study: Run) -> Path:
-    return (Path(run_study.grid.run_config["output.dir"]) / "latest").resolve()  # type: ignore[attr-defined]
 
 
 def keeps_no_secret(grid: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from local_grid import sent_weights
-from safetensors.torch import load_file
+from read_run import weights
 
 from fedseg.errors import ConfigError, ModelError
 from fedseg.segmentation.model_file import BEST
@@ -31,10 +31,6 @@ def sites(make_site: Callable[..., Path]) -> dict[int, dict[str, Any]]:
 def first_sent(grid: Any, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     message = next(m for m in grid.sent if m.metadata.message_type == "train")
     return sent_weights(message, like)
-
-
-def weights(folder: Any, name: str = "model-last.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(folder.path / name)
 
 
 def test_run_starts_from_the_best_model_of_another(run_study: Run, sites: Any) -> None:
